@@ -1,0 +1,28 @@
+"""Manifold-constrained hyper-connections for the causal language models of Hugging Face transformers."""
+
+from .architectures import supported_model_types
+from .configuration import KromHCConfig
+from .hyper_connection import HyperConnection, Mappings
+from .mixing import doubly_stochastic_error
+from .modeling import KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel
+from .patching import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
+from .registration import register
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HyperConnection",
+    "KromHCConfig",
+    "KromHCForCausalLM",
+    "KromHCForSequenceClassification",
+    "KromHCModel",
+    "Mappings",
+    "apply_hyper_connections",
+    "doubly_stochastic_error",
+    "has_hyper_connections",
+    "remove_hyper_connections",
+    "supported_model_types",
+]
+
+register()

@@ -1,0 +1,168 @@
+"""KromHCConfig: the configuration of a backbone family with the hyper-connection fields beside its own.
+
+For each family one class is made on demand, for example `KromHCLlamaConfig(KromHCConfig, LlamaConfig)` with
+`model_type = "kromhc_llama"`. It is flat: everything that reads a `LlamaConfig` reads it unchanged.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+from .architectures import check_model_type
+from .hyper_connection import check_init
+from .mixing import make_mixing
+
+
+PREFIX = "kromhc_"
+
+FIELDS: dict[str, tuple[type, Any]] = {
+    "hc_num_streams": (int, 4),
+    "hc_variant": (str, "kromhc"),
+    "hc_init": (str, "identity"),
+    "hc_readout": (str, "mean"),
+    "hc_dynamic": (bool, True),
+    "hc_residual_logit": (float, 4.0),
+    "hc_eps": (float, 1e-6),
+}
+
+
+class KromHCConfig:
+    """Configuration of a causal language model with hyper-connections.
+
+    `KromHCConfig(backbone_config=LlamaConfig(...), hc_num_streams=4)` returns a `KromHCLlamaConfig`: a `LlamaConfig`
+    with the fields below. Any field of the backbone may be given as well and overrides the one in `backbone_config`.
+
+    Args:
+        backbone_config: the configuration of a supported family; it is copied.
+        hc_num_streams: number n of residual streams.
+        hc_variant: parametrisation of the mixing matrix, see `kromhc_hf.mixing.VARIANTS`.
+        hc_init: "identity" (a pretrained model keeps its function) or "paper" (training from scratch).
+        hc_readout: how the streams are joined before the final norm, "mean" or "sum".
+        hc_dynamic: whether the mappings depend on the token.
+        hc_residual_logit: how strongly mixing leans towards the identity at the identity init.
+        hc_eps: added to the mean square in the norm of the hyper-connections.
+
+    Raises:
+        ValueError: for an unsupported family or a field value that is not allowed.
+    """
+
+    backbone_config_class: ClassVar[type[PreTrainedConfig]]
+    # Called with every config class that is made; the package registers the Auto classes this way, while a copy of
+    # this file on the Hub registers nothing.
+    on_new_class: ClassVar[list[Callable[[type["KromHCConfig"]], None]]] = []
+
+    def __new__(cls, *args: Any, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> "KromHCConfig":
+        if cls is KromHCConfig:
+            if backbone_config is None:
+                raise ValueError("KromHCConfig needs a backbone_config, for example backbone_config=LlamaConfig().")
+            cls = config_class(getattr(backbone_config, "model_type", type(backbone_config).__name__))
+        return super().__new__(cls)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Restores a configuration from `to_dict()`; its `model_type` says which family."""
+        if cls is not KromHCConfig:
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        model_type = config_dict.get("model_type", "")
+        if not model_type.startswith(PREFIX):
+            raise ValueError(
+                f"model_type must start with {PREFIX!r}; got {model_type!r}. "
+                "Convert the checkpoint first: kromhc convert SOURCE DESTINATION."
+            )
+        return config_class(model_type.removeprefix(PREFIX)).from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Loads `config.json` from a folder or the Hub."""
+        if cls is not KromHCConfig:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        config_dict, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(config_dict, **kwargs)
+
+    def to_backbone_config(self) -> PreTrainedConfig:
+        """The plain configuration of the family: the same values without the hyper-connection fields."""
+        return _recast(self, self.backbone_config_class)
+
+    def validate_hyper_connections(self) -> None:
+        """Refuses values that no model could be built from.
+
+        Raises:
+            ValueError: with the rule, the value and the way out.
+        """
+        for name, (kind, default) in FIELDS.items():
+            value = getattr(self, name)
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                setattr(self, name, float(value))
+            elif name != "hc_num_streams" and not isinstance(value, kind):
+                raise ValueError(f"{name} must be of type {kind.__name__}; got {value!r}. The default is {default!r}.")
+        make_mixing(self.hc_variant, self.hc_num_streams)  # type: ignore[attr-defined]
+        check_init(self.hc_init, self.hc_readout)  # type: ignore[attr-defined]
+
+
+def _recast(config: Any, target: type) -> Any:
+    """A deep copy of `config` as an instance of `target`; private state such as the attention choice comes along."""
+    recast = copy.deepcopy(config)
+    recast.__class__ = target
+    for name in FIELDS:
+        if issubclass(target, KromHCConfig):
+            vars(recast).setdefault(name, FIELDS[name][1])
+        else:
+            vars(recast).pop(name, None)
+    recast.architectures = None
+    return recast
+
+
+_CLASSES: dict[str, type[KromHCConfig]] = {}
+
+
+def config_class(model_type: str) -> type[KromHCConfig]:
+    """The configuration class of a family, `config_class("llama")` -> `KromHCLlamaConfig`, made on first use.
+
+    Raises:
+        ValueError: if the family is not supported.
+    """
+    if model_type not in _CLASSES:
+        check_model_type(model_type)
+        _CLASSES[model_type] = _make_config_class(model_type)
+        for callback in KromHCConfig.on_new_class:
+            callback(_CLASSES[model_type])
+    return _CLASSES[model_type]
+
+
+def _make_config_class(model_type: str) -> type[KromHCConfig]:
+    backbone_class = CONFIG_MAPPING[model_type]
+    name = f"KromHC{backbone_class.__name__}"
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{backbone_class.__name__} with hyper-connections, see `KromHCConfig`.",
+        "__annotations__": {field: kind for field, (kind, _) in FIELDS.items()},
+        "model_type": PREFIX + model_type,
+        "backbone_config_class": backbone_class,
+        **{field: default for field, (_, default) in FIELDS.items()},
+    }
+    cls: Any = type(name, (KromHCConfig, backbone_class), namespace)
+    generated_init = cls.__init__
+
+    def __init__(self: Any, *, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
+        if backbone_config is None:
+            generated_init(self, **kwargs)
+        else:
+            vars(self).update(vars(_recast(backbone_config, cls)))
+            for key, value in kwargs.items():
+                setattr(self, key, value)
+        self.validate_hyper_connections()
+
+    cls.__init__ = __init__
+    return cls
+
+
+def __getattr__(name: str) -> Any:
+    # Pickle and `auto_map` look a generated class up by name.
+    for model_type, backbone_name in CONFIG_MAPPING_NAMES.items():
+        if name == f"KromHC{backbone_name}":
+            return config_class(model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

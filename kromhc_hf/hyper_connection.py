@@ -1,0 +1,205 @@
+"""The hyper-connection of one residual branch: it computes the mappings, reads the streams and writes them back."""
+
+from collections.abc import Callable
+from math import log
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .mixing import make_mixing
+
+
+INITS = ("identity", "paper")
+READOUTS = ("mean", "sum")
+
+PAPER_RESIDUAL_LOGIT = 8.0
+INITIAL_ALPHA = 0.01
+
+
+class Mappings(NamedTuple):
+    """The three mappings of a hyper-connection for given streams."""
+
+    h_pre: Tensor  # [B, S, n]
+    h_post: Tensor  # [B, S, n]
+    h_res: Tensor  # [B, S, n, n]
+
+
+def expand(hidden_states: Tensor, num_streams: int) -> Tensor:
+    """Makes n equal streams: `[B, S, C]` -> `[B, S, n, C]`, a view."""
+    return hidden_states.unsqueeze(-2).expand(*hidden_states.shape[:-1], num_streams, hidden_states.shape[-1])
+
+
+def readout(streams: Tensor, kind: str) -> Tensor:
+    """Joins the streams: `[B, S, n, C]` -> `[B, S, C]`, their mean or sum, accumulated in at least fp32."""
+    wide = torch.promote_types(streams.dtype, torch.float32)
+    joined = streams.mean(-2, dtype=wide) if kind == "mean" else streams.sum(-2, dtype=wide)
+    return joined.to(streams.dtype)
+
+
+def check_init(name: str, readout_kind: str = "mean") -> None:
+    """Refuses unknown inits and readouts, and the pair that would break the promise of the identity init.
+
+    Raises:
+        ValueError: with the rule, the value and the way out.
+    """
+    if name not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}; got {name!r}.")
+    if readout_kind not in READOUTS:
+        raise ValueError(f"readout must be one of {', '.join(READOUTS)}; got {readout_kind!r}.")
+    if name == "identity" and readout_kind == "sum":
+        raise ValueError(
+            "init 'identity' keeps the function of the base model only if the readout weights sum to 1; "
+            "got readout 'sum'. Use readout='mean', or init='paper' to train from scratch."
+        )
+
+
+class HyperConnection(nn.Module):
+    r"""Hyper-connection around one residual branch `F`, with a manifold-constrained `h_res` (arXiv 2601.21579, eq. 5-9).
+
+        streams [B, S, n, C] --+-- h_pre ---> branch_input [B, S, C] --> F --> branch_output [B, S, C]
+                               |                                                        | h_post
+                               +-- h_res ---> mixed [B, S, n, C] --------------------- (+) --> streams [B, S, n, C]
+
+        x'     = RMSNorm(vec(streams)), over all n * C features, the gain folded into `weight`
+        h_pre  = sigmoid(alpha[0] * weight_pre x' + bias_pre)         [n]
+        h_post = 2 * sigmoid(alpha[1] * weight_post x' + bias_post)   [n]
+        h_res  = mixing(alpha[2] * weight_res x' + bias_res)          [n, n]
+
+    Coefficients are computed in fp32 (or wider), and the parameters stay fp32 whatever `.to(dtype)` asks for. With one
+    stream there is nothing to learn: the module has no parameters and is the plain residual connection.
+
+    Args:
+        hidden_size: C.
+        num_streams: n.
+        variant: name of the parametrisation of `h_res`.
+        branch_index: which branch of the model this is; the init favours stream `branch_index % n`.
+        init: "identity" leaves the function of a pretrained model unchanged (bitwise in bf16 and fp16, within 2e-6 of
+            the largest logit in fp32); "paper" is the published one, for training from scratch.
+        residual_logit: with init "identity", minus the initial logit of every non-identity permutation; "paper"
+            fixes it at 8.
+        dynamic: whether the mappings depend on the streams; without, `weight` and `alpha` are None.
+        eps: added to the mean square inside the RMS norm.
+
+    Raises:
+        ValueError: for an unknown variant or init, or a number of streams that the variant does not allow.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_streams: int,
+        *,
+        variant: str = "kromhc",
+        branch_index: int = 0,
+        init: str = "identity",
+        residual_logit: float = 4.0,
+        dynamic: bool = True,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        check_init(init)
+        self.mixing = make_mixing(variant, num_streams)
+        self.hidden_size, self.num_streams, self.variant = hidden_size, num_streams, variant
+        self.branch_index, self.init, self.residual_logit = branch_index, init, residual_logit
+        self.dynamic, self.eps = dynamic, eps
+        self.sizes = (num_streams, num_streams, self.mixing.num_logits)
+
+        # The dtype is explicit because models are built under their own default dtype.
+        def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
+            wanted = wanted and num_streams > 1
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)) if wanted else None
+
+        self.bias = parameter(sum(self.sizes))
+        self.weight = parameter(sum(self.sizes), num_streams * hidden_size, wanted=dynamic)
+        self.alpha = parameter(3, wanted=dynamic)
+        self.reset_parameters()
+
+    def initial_bias(self) -> Tensor:
+        """The static part of the mappings at initialisation, `[2n + num_logits]`."""
+        n = self.num_streams
+        favoured = torch.arange(n) == self.branch_index % n
+        if self.init == "paper":
+            pre = post = torch.where(favoured, 1.0, -1.0)
+            residual_logit = PAPER_RESIDUAL_LOGIT
+        else:
+            # The weights sum to 1 and differ between streams: equal ones would receive equal gradients for ever.
+            weight = torch.where(favoured, (n + 1) / (2 * n), 1 / (2 * n))
+            pre, post = torch.logit(weight.double()).float(), torch.zeros(n)
+            residual_logit = self.residual_logit
+        return torch.cat([pre, post, self.mixing.initial_logits(residual_logit)])
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Puts the parameters to their initial values, except those that a checkpoint has already filled."""
+        if self.bias is not None:
+            init.copy_(self.bias, self.initial_bias().to(self.bias.device))
+        if self.weight is not None:
+            init.zeros_(self.weight)
+            # A zero alpha next to a zero weight would never train.
+            init.constant_(self.alpha, INITIAL_ALPHA)
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Width connection: reads the branch input from the streams `[B, S, n, C]`.
+
+        Returns:
+            The branch input `[B, S, C]`, and the depth connection `write`: it takes the branch output `[B, S, C]` and
+            returns the new streams `[B, S, n, C]`.
+        """
+        if self.num_streams == 1:
+            return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
+
+        dtype = streams.dtype
+        with torch.autocast(streams.device.type, enabled=False):
+            h_pre, h_post, logits = self._coefficients(streams)
+            wide = streams.to(h_pre.dtype)
+            branch_input = (h_pre.unsqueeze(-1) * wide).sum(-2).to(dtype)
+
+        def write(branch_output: Tensor) -> Tensor:
+            with torch.autocast(streams.device.type, enabled=False):
+                mixed = self.mixing.mix(wide, logits)
+                return torch.addcmul(mixed, h_post.unsqueeze(-1), branch_output.to(wide.dtype).unsqueeze(-2)).to(dtype)
+
+        return branch_input, write
+
+    def mappings(self, streams: Tensor) -> Mappings:
+        """The mappings for the streams `[B, S, n, C]`, in at least fp32; for inspection."""
+        leading = streams.shape[:-2]
+        if self.num_streams == 1:
+            one = torch.ones(*leading, 1, dtype=torch.promote_types(streams.dtype, torch.float32), device=streams.device)
+            return Mappings(one, one, one.unsqueeze(-1))
+        with torch.autocast(streams.device.type, enabled=False):
+            h_pre, h_post, logits = self._coefficients(streams)
+            h_res = self.mixing.matrix(logits)
+        n = self.num_streams
+        return Mappings(h_pre.expand(*leading, n), h_post.expand(*leading, n), h_res.expand(*leading, n, n))
+
+    def _coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`h_pre [..., n]`, `h_post [..., n]` and the residual logits; without leading dimensions if static."""
+        assert self.bias is not None
+        dtype = torch.promote_types(torch.promote_types(self.bias.dtype, streams.dtype), torch.float32)
+        pre, post, residual = self.bias.to(dtype).split(self.sizes)
+        if self.weight is not None and self.alpha is not None:
+            features = streams.to(dtype).flatten(-2)
+            # The norm is one number per token, so it can follow the thin product instead of touching all features.
+            scale = torch.rsqrt(features.square().mean(-1, keepdim=True) + self.eps)
+            dynamic = F.linear(features, self.weight.to(dtype)) * scale
+            alpha = self.alpha.to(dtype)
+            pre, post, residual = (
+                bias + a * d for bias, a, d in zip((pre, post, residual), alpha.unbind(), dynamic.split(self.sizes, -1))
+            )
+        return torch.sigmoid(pre), 2 * torch.sigmoid(post), residual
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HyperConnection":
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device, torch.float32)
+
+        return super()._apply(keep_wide, recurse)
+
+    def extra_repr(self) -> str:
+        mode = "dynamic" if self.dynamic else "static"
+        return f"{self.hidden_size}, num_streams={self.num_streams}, variant={self.variant!r}, {mode}"

@@ -1,0 +1,180 @@
+"""Parametrisations of the stream mixing matrix H_res: one small class per variant.
+
+A mixing turns a vector of unconstrained logits into a matrix `h_res` and applies it to the streams,
+`mixed[i] = sum_j h_res[i, j] streams[j]`. It holds no parameters: the logits are computed by the hyper-connection.
+"""
+
+from itertools import permutations
+from math import factorial
+
+import torch
+from torch import Tensor
+
+
+LARGEST_FACTOR = 5
+
+
+def prime_factors(number: int) -> tuple[int, ...]:
+    """The prime factors of `number` in ascending order, with multiplicity: 12 -> (2, 2, 3), 1 -> ()."""
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return tuple(factors)
+
+
+def check_num_streams(num_streams: object) -> int:
+    """Returns `num_streams` if it is a whole number of at least 1.
+
+    Raises:
+        ValueError: with the rule, the value and the way out.
+    """
+    if isinstance(num_streams, bool) or not isinstance(num_streams, int):
+        raise ValueError(
+            f"num_streams must be an int; got {num_streams!r} of type {type(num_streams).__name__}. "
+            "Use for example num_streams=4."
+        )
+    if num_streams < 1:
+        raise ValueError(f"num_streams must be at least 1; got {num_streams}. Use for example num_streams=4.")
+    return num_streams
+
+
+def doubly_stochastic_error(matrix: Tensor) -> float:
+    """How far `matrix` is from doubly stochastic: 0 for a matrix with row and column sums 1 and no negative entry.
+
+    The largest of |row sum - 1|, |column sum - 1| and -entry, over all matrices of the batch, summed in float64.
+
+    Args:
+        matrix: `[..., n, n]`.
+
+    Raises:
+        ValueError: if the last two dimensions are not square.
+    """
+    if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"matrix must be square, [..., n, n]; got shape {tuple(matrix.shape)}.")
+    exact = matrix.detach().double()
+    rows = (exact.sum(-1) - 1).abs().max()
+    columns = (exact.sum(-2) - 1).abs().max()
+    return max(rows.item(), columns.item(), -exact.min().item(), 0.0)
+
+
+class Mixing:
+    """What a variant has to say: how many logits it takes, where they start, and how they mix the streams.
+
+    Args:
+        num_streams: n, the number of streams.
+
+    Raises:
+        ValueError: if the variant is not defined for this number of streams.
+    """
+
+    num_logits: int
+
+    def __init__(self, num_streams: int):
+        self.num_streams = check_num_streams(num_streams)
+
+    def initial_logits(self, residual_logit: float) -> Tensor:
+        """Logits `[num_logits]` that lean towards the identity; the larger `residual_logit`, the closer to it."""
+        raise NotImplementedError
+
+    def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
+        """`mixed[i] = sum_j h_res[i, j] streams[j]`: `[..., n, C]` and `[..., num_logits]` -> `[..., n, C]`."""
+        raise NotImplementedError
+
+    def matrix(self, logits: Tensor) -> Tensor:
+        """`h_res` itself, `[..., num_logits]` -> `[..., n, n]`: what mixing does to the unit vectors."""
+        identity = torch.eye(self.num_streams, dtype=logits.dtype, device=logits.device)
+        return self.mix(identity.expand(*logits.shape[:-1], -1, -1), logits)
+
+
+class IdentityMixing(Mixing):
+    """H_res = I: the streams keep to themselves, only reading and writing is learned."""
+
+    num_logits = 0
+
+    def initial_logits(self, residual_logit: float) -> Tensor:
+        return torch.zeros(0)
+
+    def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
+        return streams
+
+
+class KromHCMixing(Mixing):
+    """H_res = U_1 (x) ... (x) U_K, one doubly stochastic factor per prime factor of n (KromHC, arXiv 2601.21579).
+
+    Each factor is a convex combination of the i! permutation matrices of its size i. The identity's logit is pinned
+    to 0, which keeps the same set of matrices with i! - 1 logits per factor. The first factor is the most significant
+    digit of the stream index. Rows and columns sum to 1 within 2 K eps, and equal streams stay bitwise equal.
+
+    Raises:
+        ValueError: if n has a prime factor above 5, whose i! permutations would be too many to learn.
+    """
+
+    def __init__(self, num_streams: int):
+        super().__init__(num_streams)
+        self.factors = prime_factors(num_streams)
+        if self.factors and self.factors[-1] > LARGEST_FACTOR:
+            largest = self.factors[-1]
+            raise ValueError(
+                f"num_streams must have no prime factor above {LARGEST_FACTOR} with variant 'kromhc', since a factor "
+                f"of size {largest} mixes {largest}! permutation matrices; got {num_streams}. "
+                f"Use num_streams={self._nearest(num_streams)}."
+            )
+        self.logits_per_factor = tuple(factorial(size) - 1 for size in self.factors)
+        self.num_logits = sum(self.logits_per_factor)
+
+    @staticmethod
+    def _nearest(num_streams: int) -> int:
+        return min(
+            (n for n in range(1, 2 * num_streams) if max(prime_factors(n), default=1) <= LARGEST_FACTOR),
+            key=lambda n: (abs(n - num_streams), -n),
+        )
+
+    def initial_logits(self, residual_logit: float) -> Tensor:
+        return torch.full((self.num_logits,), -residual_logit)
+
+    def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
+        if not self.factors:
+            return streams
+        mixed = streams.unflatten(-2, self.factors)  # [..., i_1, ..., i_K, C]
+        for position, factor_logits in enumerate(logits.split(self.logits_per_factor, dim=-1)):
+            size, dim = self.factors[position], position - len(self.factors) - 1
+            # Mixing is written as x + sum_shift weight * (rolled x - x), so that equal streams are not even rounded.
+            source = mixed
+            for shift, weight in enumerate(self._neighbour_weights(factor_logits, size), start=1):
+                weight = weight.reshape(*weight.shape[:-1], *(1,) * position, size, *(1,) * (-dim - 1))
+                mixed = torch.addcmul(mixed, weight, source.roll(-shift, dim) - source)
+        return mixed.flatten(-1 - len(self.factors), -2)
+
+    @staticmethod
+    def _neighbour_weights(logits: Tensor, size: int) -> list[Tensor]:
+        """For shift = 1 .. size - 1: the entries `U[a, (a + shift) % size]` of the factor, each `[..., size]`."""
+        if size == 2:
+            return [torch.sigmoid(logits).expand(*logits.shape[:-1], 2)]
+        weights = torch.softmax(torch.cat([torch.zeros_like(logits[..., :1]), logits], dim=-1), dim=-1)
+        orders = list(permutations(range(size)))  # the identity comes first
+        moves = [
+            [float(order[a] == (a + shift) % size) for shift in range(1, size) for a in range(size)] for order in orders
+        ]
+        entries = weights @ torch.tensor(moves, dtype=weights.dtype, device=weights.device)
+        return list(entries.unflatten(-1, (size - 1, size)).unbind(-2))
+
+    def matrix(self, logits: Tensor) -> Tensor:
+        # The diagonal is 1 minus the rest of its row, which rounding can push just below zero.
+        return super().matrix(logits).clamp_min(0)
+
+
+VARIANTS: dict[str, type[Mixing]] = {"kromhc": KromHCMixing, "identity": IdentityMixing}
+
+
+def make_mixing(variant: str, num_streams: int) -> Mixing:
+    """The mixing of a variant by name.
+
+    Raises:
+        ValueError: if the variant is unknown or not defined for this number of streams.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}.")
+    return VARIANTS[variant](num_streams)

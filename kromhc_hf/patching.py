@@ -1,0 +1,100 @@
+"""Hyper-connections on a live model: apply, has, remove."""
+
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .configuration import KromHCConfig
+from .decoder_layer import HyperConnectedLayer, disconnect_layer
+from .modeling import HyperConnectedModel, connect, plan_connections
+
+
+def apply_hyper_connections(
+    model: Any,
+    num_streams: int = 4,
+    variant: str = "kromhc",
+    *,
+    init: str = "identity",
+    readout: str = "mean",
+    dynamic: bool = True,
+    residual_logit: float = 4.0,
+    eps: float = 1e-6,
+) -> Any:
+    """Gives a loaded transformers model n residual streams, in place; with init "identity" its output stays the same.
+
+    Everything is checked first: when this raises, the model is what it was. The base parameters keep their names.
+    See `KromHCConfig` for the options.
+
+    Returns:
+        The same model object, now of the class with hyper-connections.
+
+    Raises:
+        ValueError: if the model already has hyper-connections, its family is not supported, or an option is wrong.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model must be a transformers model; got {type(model).__name__}. "
+            "Apply hyper-connections before wrapping the model (PEFT, torch.compile, FSDP)."
+        )
+    if has_hyper_connections(model):
+        raise ValueError(
+            f"{type(model).__name__} already has hyper-connections with num_streams={model.config.hc_num_streams}. "
+            "Call remove_hyper_connections(model) first."
+        )
+    plan = plan_connections(model)
+    plan.check()
+    config = KromHCConfig(
+        backbone_config=model.config,
+        hc_num_streams=num_streams,
+        hc_variant=variant,
+        hc_init=init,
+        hc_readout=readout,
+        hc_dynamic=dynamic,
+        hc_residual_logit=residual_logit,
+        hc_eps=eps,
+    )
+    _replace_config(model, config)
+    connect(model, plan)
+    return model
+
+
+def has_hyper_connections(model: Any) -> bool:
+    """Whether a model has hyper-connections."""
+    return isinstance(model, HyperConnectedModel)
+
+
+def remove_hyper_connections(model: Any) -> Any:
+    """Undoes `apply_hyper_connections`, in place: original classes, configuration and state-dict keys.
+
+    What training has changed in the base parameters stays; what the hyper-connections learned is dropped.
+
+    Returns:
+        The same model object, now of the family's own class.
+
+    Raises:
+        ValueError: if the model has no hyper-connections.
+    """
+    if not has_hyper_connections(model):
+        raise ValueError(f"model must have hyper-connections to remove; got {type(model).__name__} without them.")
+    plan = plan_connections(model)
+    layer_names = {type(layer).__name__ for layer in plan.layers}
+    _replace_config(model, model.config.to_backbone_config())
+    for layer in plan.layers:
+        assert isinstance(layer, HyperConnectedLayer)
+        disconnect_layer(layer)
+    for owner in plan.owners:
+        owner.__class__ = owner.backbone_class
+        _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
+        owner._no_split_modules = set(owner._no_split_modules) - layer_names
+        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - set(plan.spec.names)
+    return model
+
+
+def _replace_config(model: Any, config: Any) -> None:
+    """Puts `config` wherever the model and its modules hold their present one, so that they go on sharing it."""
+    present = model.config
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if value is present:
+                setattr(module, name, config)

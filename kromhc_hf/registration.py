@@ -1,0 +1,28 @@
+"""Makes the Auto classes of transformers know every family, without importing any of them.
+
+Only the installed package registers itself; copies of the modelling files on the Hub do not.
+"""
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+from .architectures import supported_model_types
+from .configuration import PREFIX, KromHCConfig
+from .modeling import FACES, model_class
+
+
+def register() -> None:
+    """Registers all supported families with AutoConfig, AutoTokenizer and the AutoModel classes."""
+    for model_type in supported_model_types():
+        # Not AutoConfig.register: it needs the class, and the class needs the family's module.
+        CONFIG_MAPPING.register(PREFIX + model_type, KromHCConfig, exist_ok=True)
+        if model_type in TOKENIZER_MAPPING_NAMES:
+            TOKENIZER_MAPPING_NAMES[PREFIX + model_type] = TOKENIZER_MAPPING_NAMES[model_type]
+    KromHCConfig.on_new_class.append(_register_models)
+
+
+def _register_models(config_type: type[KromHCConfig]) -> None:
+    for face in FACES:
+        backbone = face.auto_class._model_mapping.get(config_type.backbone_config_class, None)
+        if backbone is not None:
+            face.auto_class.register(config_type, model_class(backbone), exist_ok=True)
