@@ -33,10 +33,30 @@ def expand(hidden_states: Tensor, num_streams: int) -> Tensor:
 
 
 def readout(streams: Tensor, kind: str) -> Tensor:
-    """Joins the streams: `[B, S, n, C]` -> `[B, S, C]`, their mean or sum, accumulated in at least fp32."""
-    wide = torch.promote_types(streams.dtype, torch.float32)
-    joined = streams.mean(-2, dtype=wide) if kind == "mean" else streams.sum(-2, dtype=wide)
-    return joined.to(streams.dtype)
+    """Joins the streams: `[B, S, n, C]` -> `[B, S, C]`, their mean or sum, accumulated in at least fp32.
+
+    The mean of equal streams is bitwise that stream.
+    """
+    wide = streams.to(torch.promote_types(streams.dtype, torch.float32))
+    if kind == "sum":
+        return wide.sum(-2).to(streams.dtype)
+    first = wide[..., :1, :]
+    return (first + (wide - first).mean(-2, keepdim=True)).squeeze(-2).to(streams.dtype)
+
+
+def read(streams: Tensor, h_pre: Tensor) -> Tensor:
+    """`sum_j h_pre[j] streams[j]`: `[B, S, n, C]` and `[B, S, n]` -> `[B, S, C]`.
+
+    Written as `total * first + sum_j h_pre[j] (streams[j] - first)`: where the streams are equal and the weights sum
+    to 1, the result is bitwise that stream. Weights that miss 1 by rounding alone, at most 4 eps, are taken to sum to
+    1, since sigmoids differ in their last bit between devices; gradients do not notice.
+    """
+    first = streams[..., :1, :]
+    total = h_pre.sum(-1, keepdim=True)
+    gap = (1 - total).detach()
+    total = total + gap.masked_fill(gap.abs() > 4 * torch.finfo(gap.dtype).eps, 0)
+    rest = h_pre[..., 1:].unsqueeze(-1) * (streams[..., 1:, :] - first)
+    return total * first.squeeze(-2) + rest.sum(-2)
 
 
 def check_init(name: str, readout_kind: str = "mean") -> None:
@@ -76,8 +96,8 @@ class HyperConnection(nn.Module):
         num_streams: n.
         variant: name of the parametrisation of `h_res`.
         branch_index: which branch of the model this is; the init favours stream `branch_index % n`.
-        init: "identity" leaves the function of a pretrained model unchanged (bitwise in bf16 and fp16, within 2e-6 of
-            the largest logit in fp32); "paper" is the published one, for training from scratch.
+        init: "identity" leaves the function of a pretrained model unchanged, bit for bit; "paper" is the published
+            one, for training from scratch.
         residual_logit: with init "identity", minus the initial logit of every non-identity permutation; "paper"
             fixes it at 8.
         dynamic: whether the mappings depend on the streams; without, `weight` and `alpha` are None.
@@ -156,7 +176,7 @@ class HyperConnection(nn.Module):
         with torch.autocast(streams.device.type, enabled=False):
             h_pre, h_post, logits = self._coefficients(streams)
             wide = streams.to(h_pre.dtype)
-            branch_input = (h_pre.unsqueeze(-1) * wide).sum(-2).to(dtype)
+            branch_input = read(wide, h_pre).to(dtype)
 
         def write(branch_output: Tensor) -> Tensor:
             with torch.autocast(streams.device.type, enabled=False):

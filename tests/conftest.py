@@ -1,0 +1,28 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+
+torch.set_num_threads(int(os.environ.get("KROMHC_TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real checkpoints, texts and golden files, which a user's machine does not have."""
+    default = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("KROMHC_SHARED", default))
+    if not folder.is_dir():
+        pytest.skip(f"no shared folder at {folder}; set KROMHC_SHARED to one")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
