@@ -6,6 +6,7 @@ from .hyper_connection import HyperConnection, Mappings
 from .mixing import doubly_stochastic_error
 from .modeling import KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel
 from .patching import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
+from .reference import import_reference_state_dict
 from .registration import register
 
 
@@ -21,6 +22,7 @@ __all__ = [
     "apply_hyper_connections",
     "doubly_stochastic_error",
     "has_hyper_connections",
+    "import_reference_state_dict",
     "remove_hyper_connections",
     "supported_model_types",
 ]
