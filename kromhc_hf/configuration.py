@@ -111,6 +111,7 @@ def _recast(config: Any, target: type) -> Any:
             vars(recast).setdefault(name, FIELDS[name][1])
         else:
             vars(recast).pop(name, None)
+    vars(recast).pop("model_type", None)  # reading a file leaves one on the instance, and it would hide the class's
     recast.architectures = None
     return recast
 

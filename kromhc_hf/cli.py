@@ -1,0 +1,151 @@
+"""The `kromhc` command: results on stdout, progress and errors on stderr, exit 0, 1 (a check failed) or 2 (bad input)."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from transformers.utils import logging
+
+from .conversion import convert_checkpoint
+from .demo import run_demo
+from .verification import ConversionReport, verify_conversion
+
+
+app = typer.Typer(
+    help="Hyper-connections for the causal language models of transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+output, messages = Console(), Console(stderr=True)
+
+Streams = Annotated[int, typer.Option("--num-streams", "-n", help="Number n of residual streams.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of the base checkpoint, or its Hub id.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make; must not exist or be empty.")],
+    num_streams: Streams = 4,
+    variant: Annotated[str, typer.Option(help="Parametrisation of the mixing matrix.")] = "kromhc",
+    init: Annotated[str, typer.Option(help="identity (nothing changes) or paper (training from scratch).")] = "identity",
+    readout: Annotated[str, typer.Option(help="How the streams are joined: mean or sum.")] = "mean",
+    static: Annotated[bool, typer.Option("--static", help="Mappings that do not depend on the token.")] = False,
+    residual_logit: Annotated[float, typer.Option(help="How strongly mixing leans towards the identity.")] = 4.0,
+    revision: Annotated[str | None, typer.Option(help="Revision of the Hub repository.")] = None,
+    verify: Annotated[bool, typer.Option(help="Run both models afterwards and compare them.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes."""
+    columns = (TextColumn("copying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=messages, transient=True) as progress:
+        bar = progress.add_task("copying", total=None)
+        report = convert_checkpoint(
+            source,
+            destination,
+            num_streams=num_streams,
+            variant=variant,
+            init=init,
+            readout=readout,
+            dynamic=not static,
+            residual_logit=residual_logit,
+            revision=revision,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if verify:
+        with messages.status("running both models on the same tokens"):
+            report = verify_conversion(source, destination, report=report)
+    _finish(report, as_json)
+
+
+@app.command()
+def verify(
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of the base checkpoint.")],
+    converted: Annotated[str, typer.Argument(help="Folder or Hub id of the converted checkpoint.")],
+    text: Annotated[Path | None, typer.Option(help="File with the text to run both on.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Compare at most so many tokens.")] = 256,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the stored one.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Run a base model and its converted form on the same tokens; exit 1 if a lossless init is not lossless."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16; got {dtype!r}.")
+    sample = None if text is None else text.read_text(encoding="utf-8")
+    with messages.status("running both models on the same tokens"):
+        report = verify_conversion(base, converted, text=sample, max_tokens=max_tokens, dtype=dtype)
+    _finish(report, as_json)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--output", help="Folder for the results.")] = Path("demo-output"),
+    steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 150,
+) -> None:
+    """Convert, verify, fine-tune, save and reload a tiny model that comes with the package."""
+    report = run_demo(directory, steps=steps, console=messages)
+    output.print(_table(report.conversion))
+    output.print(f"held-out loss before {report.loss_before:.3f}, after {report.loss_after:.3f} nats per token")
+    output.print(f"after saving and loading again: {report.loss_reloaded:.3f}")
+    output.print(f"\nbefore: {report.text_before}\n\nafter:  {report.text_after}\n", markup=False)
+    output.print(f"picture of the mixing matrices: {report.picture}", soft_wrap=True)
+    output.print(f"fine-tuned model: {report.model}", soft_wrap=True)
+    if not report.conversion.passed:
+        raise typer.Exit(1)
+
+
+def _finish(report: ConversionReport, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        output.print(_table(report))
+    if not report.passed:
+        messages.print("The init promises an unchanged function, but the outputs differ.", style="bold red")
+        raise typer.Exit(1)
+
+
+def _table(report: ConversionReport) -> Table:
+    table = Table(title=f"{report.source} -> {report.destination}", show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(report):
+        table.add_row(name, str(value))
+    return table
+
+
+def _rows(report: ConversionReport) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = [
+        ("model type", report.model_type),
+        ("hyper-connections", f"{report.variant}, {report.num_streams} streams, init {report.init}"),
+        ("base tensors, unchanged", f"{report.base_tensors:,}"),
+        ("added parameters", f"{report.added_parameters:,} ({report.added_bytes:,} bytes)"),
+    ]
+    if report.lossless is None:
+        return rows
+    verdict = "bitwise equal" if report.bitwise_equal else f"max |difference| {report.max_logit_difference:.3g}"
+    return [
+        *rows,
+        ("compared on", f"{report.tokens} {'text' if report.text else 'random'} tokens in {report.dtype}"),
+        ("logits", f"{verdict} (largest |logit| {report.max_logit:.3g})"),
+        ("mean KL", f"{report.mean_kl:.3g} nats"),
+        ("top-1 agreement", f"{report.top1_agreement:.2%}"),
+        ("greedy, base", report.greedy_base),
+        ("greedy, converted", report.greedy_converted),
+        ("lossless", {True: "yes", False: "NO"}[bool(report.lossless)]),
+    ]
+
+
+def main() -> None:
+    """Entry point: bad input ends with a message and exit code 2, never with a traceback."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        messages.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
