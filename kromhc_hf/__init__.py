@@ -2,17 +2,20 @@
 
 from .architectures import supported_model_types
 from .configuration import KromHCConfig
+from .conversion import convert_checkpoint
 from .hyper_connection import HyperConnection, Mappings
 from .mixing import doubly_stochastic_error
 from .modeling import KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel
 from .patching import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
 from .reference import import_reference_state_dict
 from .registration import register
+from .verification import ConversionReport, verify_conversion
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConversionReport",
     "HyperConnection",
     "KromHCConfig",
     "KromHCForCausalLM",
@@ -20,11 +23,13 @@ __all__ = [
     "KromHCModel",
     "Mappings",
     "apply_hyper_connections",
+    "convert_checkpoint",
     "doubly_stochastic_error",
     "has_hyper_connections",
     "import_reference_state_dict",
     "remove_hyper_connections",
     "supported_model_types",
+    "verify_conversion",
 ]
 
 register()

@@ -9,13 +9,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .architectures import LayerSpec, attribute, check_layer, layer_spec
+from .architectures import LayerSpec, attribute, check_layer, layer_spec, supported_model_types
 from .configuration import PREFIX, KromHCConfig, config_class
 from .decoder_layer import HyperConnectedLayer, connect_layer
 from .hyper_connection import HyperConnection, readout
@@ -41,7 +46,7 @@ class HyperConnectedModel:
             connect(self, plan)
 
     @classmethod
-    def class_for(cls, config: Any) -> type["HyperConnectedModel"]:
+    def class_for(cls, config: Any) -> type[Any]:
         """The generated class for a configuration.
 
         Raises:
@@ -51,10 +56,15 @@ class HyperConnectedModel:
             raise ValueError(
                 f"{cls.__name__} needs a KromHCConfig; got {type(config).__name__}. Use KromHCConfig(backbone_config=...)."
             )
-        backbone = cls.auto_class._model_mapping.get(config.backbone_config_class, None)
+        backbone = cls.backbone_for(type(config))
         if backbone is None:
             raise ValueError(f"{config.backbone_config_class.model_type} has no model for {cls.auto_class.__name__}.")
         return model_class(backbone)
+
+    @classmethod
+    def backbone_for(cls, config_type: type[KromHCConfig]) -> type[PreTrainedModel] | None:
+        """The family's own class for the task of this face, if it has one."""
+        return cls.auto_class._model_mapping.get(config_type.backbone_config_class, None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -113,7 +123,25 @@ class KromHCForSequenceClassification(HyperConnectedModel):
     auto_class = AutoModelForSequenceClassification
 
 
-FACES = (KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel)
+class KromHCForTokenClassification(HyperConnectedModel):
+    """A token classifier with hyper-connections, for `AutoModelForTokenClassification`."""
+
+    auto_class = AutoModelForTokenClassification
+
+
+class KromHCForQuestionAnswering(HyperConnectedModel):
+    """A question answering model with hyper-connections, for `AutoModelForQuestionAnswering`."""
+
+    auto_class = AutoModelForQuestionAnswering
+
+
+FACES = (
+    KromHCForCausalLM,
+    KromHCForSequenceClassification,
+    KromHCForTokenClassification,
+    KromHCForQuestionAnswering,
+    KromHCModel,
+)
 
 
 class ConnectionPlan:
@@ -181,7 +209,7 @@ def model_class(backbone_class: type[PreTrainedModel]) -> type[Any]:
 @functools.cache
 def _model_class(backbone_class: type[PreTrainedModel], config_type: type[KromHCConfig]) -> type[Any]:
     model_type = config_type.backbone_config_class.model_type
-    face = next((face for face in FACES if _belongs(backbone_class, model_type, face)), HyperConnectedModel)
+    face = next((face for face in FACES if backbone_class.__name__ in _class_names(face, model_type)), HyperConnectedModel)
     name = f"KromHC{backbone_class.__name__}"
     backbone_forward = backbone_class.forward
 
@@ -207,23 +235,27 @@ def _model_class(backbone_class: type[PreTrainedModel], config_type: type[KromHC
         "backbone_class": backbone_class,
         "forward": forward,
     }
-    conversion = get_checkpoint_conversion_mapping(model_type)
-    if conversion is not None:
-        # By model type and never by class name, or head and base model would both apply it.
-        register_checkpoint_conversion_mapping(config_type.model_type, conversion, overwrite=True)  # type: ignore[attr-defined]
+    # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
+    new_model_type = config_type.model_type  # type: ignore[attr-defined]
+    for key, new_key in ((backbone_class.__name__, name), (model_type, new_model_type)):
+        conversion = get_checkpoint_conversion_mapping(key)
+        if conversion is not None:
+            register_checkpoint_conversion_mapping(new_key, conversion, overwrite=True)
     return type(name, (face, backbone_class), namespace)
 
 
-def _belongs(backbone_class: type[PreTrainedModel], model_type: str, face: type[HyperConnectedModel]) -> bool:
+def _class_names(face: type[HyperConnectedModel], model_type: str) -> tuple[str, ...]:
+    """The names of the family's classes for the task of a face, without importing them."""
     names = face.auto_class._model_mapping._model_mapping.get(model_type, ())
-    return backbone_class.__name__ in ((names,) if isinstance(names, str) else names)
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def __getattr__(name: str) -> Any:
     # Pickle and `auto_map` look a generated class up by name.
-    for face in FACES:
-        for model_type, names in face.auto_class._model_mapping._model_mapping.items():
-            if name.removeprefix("KromHC") in ((names,) if isinstance(names, str) else names) and name != names:
-                if model_type in CONFIG_MAPPING_NAMES:
-                    return face.class_for(config_class(model_type)())
+    for face in FACES if name.startswith("KromHC") else ():
+        for model_type in supported_model_types():
+            if name.removeprefix("KromHC") in _class_names(face, model_type):
+                backbone = face.backbone_for(config_class(model_type))
+                assert backbone is not None
+                return model_class(backbone)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
