@@ -4,11 +4,19 @@ from .architectures import supported_model_types
 from .configuration import KromHCConfig
 from .conversion import convert_checkpoint
 from .hyper_connection import HyperConnection, Mappings
+from .inspection import record_mappings
+from .metrics import StreamMetricsCallback
 from .mixing import doubly_stochastic_error
 from .modeling import KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel
 from .patching import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
 from .reference import import_reference_state_dict
 from .registration import register
+from .training import (
+    HyperConnectionTrainerMixin,
+    freeze_backbone,
+    hyper_connection_state_dict,
+    optimizer_param_groups,
+)
 from .verification import ConversionReport, verify_conversion
 
 
@@ -17,16 +25,22 @@ __version__ = "0.1.0"
 __all__ = [
     "ConversionReport",
     "HyperConnection",
+    "HyperConnectionTrainerMixin",
     "KromHCConfig",
     "KromHCForCausalLM",
     "KromHCForSequenceClassification",
     "KromHCModel",
     "Mappings",
+    "StreamMetricsCallback",
     "apply_hyper_connections",
     "convert_checkpoint",
     "doubly_stochastic_error",
+    "freeze_backbone",
     "has_hyper_connections",
+    "hyper_connection_state_dict",
     "import_reference_state_dict",
+    "optimizer_param_groups",
+    "record_mappings",
     "remove_hyper_connections",
     "supported_model_types",
     "verify_conversion",

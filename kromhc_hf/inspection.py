@@ -1,0 +1,173 @@
+"""What the streams do: recording the mappings of a live model, and statistics of them as pure functions."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .decoder_layer import HyperConnectedLayer
+
+
+class BranchRecord(NamedTuple):
+    """The mappings of one residual branch and the streams that they were computed from."""
+
+    h_pre: Tensor  # [B, S, n]
+    h_post: Tensor  # [B, S, n]
+    h_res: Tensor  # [B, S, n, n]
+    streams: Tensor  # [B, S, n, C]
+
+
+def branches(model: nn.Module) -> dict[str, nn.Module]:
+    """The hyper-connections of a model in the order of the branches, under names such as `layers.0.attn_hc`.
+
+    The name is the path from the innermost model that holds the layers, the same under any wrapper.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    found = {
+        ".".join([*path.split(".")[-2:], name]): getattr(layer, name)
+        for path, layer in model.named_modules()
+        if isinstance(layer, HyperConnectedLayer)
+        for name in layer.spec.names
+    }
+    if not found:
+        raise ValueError(
+            f"model must have hyper-connections; got {type(model).__name__} without them. "
+            "Call apply_hyper_connections(model, num_streams=4) first."
+        )
+    return found
+
+
+@contextmanager
+def record_mappings(model: nn.Module, *, max_tokens: int | None = None) -> Iterator[dict[str, BranchRecord]]:
+    """Records the mappings and the streams of every branch while the model runs inside the `with` block.
+
+        with record_mappings(model) as records:
+            model(**inputs)
+        records["layers.0.attn_hc"].h_res  # [B, S, n, n]
+
+    Every forward replaces the record of the one before. Nothing the model computes changes, gradients included. Hooks
+    do the work, so a compiled model must run eagerly inside the block: `torch.compiler.set_stance("force_eager")`.
+
+    Args:
+        model: a model with hyper-connections, wrapped or not.
+        max_tokens: take only the first tokens of the first sequence, which bounds memory and time.
+
+    Yields:
+        The records by branch name, in the order of the branches; empty until the model has run.
+
+    Raises:
+        ValueError: if the model has no hyper-connections.
+    """
+    records: dict[str, BranchRecord] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: Any, args: tuple[Tensor, ...]) -> None:
+            streams = args[0].detach()
+            streams = streams if max_tokens is None else streams[:1, :max_tokens]
+            with torch.no_grad():
+                h_pre, h_post, h_res = module.mappings(streams)
+                records[name] = BranchRecord(h_pre, h_post, h_res, streams)
+
+        return record
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in branches(model).items()]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def off_identity_mass(h_res: Tensor) -> Tensor:
+    """How much the streams mix: the mean over tokens and rows of what lies off the diagonal, in absolute value.
+
+    0 for the identity, 1 for a permutation without fixed point, (n - 1) / n for uniform mixing.
+
+    Args:
+        h_res: `[..., n, n]`.
+    """
+    magnitude = h_res.abs()
+    return (magnitude.sum((-2, -1)) - magnitude.diagonal(dim1=-2, dim2=-1).sum(-1)).mean() / h_res.shape[-1]
+
+
+def composite_gain(h_res: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """How much the product of the mixing matrices over depth can amplify (mHC, arXiv 2512.24880, section 3.1).
+
+    Exactly 1 for doubly stochastic matrices. The signal passes from branch 0 to branch l through
+    `h_res[l] @ ... @ h_res[0]` and grows at most by the largest absolute row sum; the gradient passes from the last
+    branch L back to branch l through the transpose of `h_res[L] @ ... @ h_res[l]` and grows at most by the largest
+    absolute column sum.
+
+    Args:
+        h_res: one `[..., n, n]` per branch, in order.
+
+    Returns:
+        The forward gain up to each branch and the backward gain down to each branch, both `[branches]`, the largest
+        over all tokens. `forward[-1]` and `backward[0]` are those of the whole depth.
+    """
+    forward, product = [], None
+    for matrix in h_res:
+        product = matrix if product is None else matrix @ product
+        forward.append(product.abs().sum(-1).amax())
+    backward, product = [], None
+    for matrix in reversed(h_res):
+        product = matrix if product is None else product @ matrix
+        backward.append(product.abs().sum(-2).amax())
+    return torch.stack(forward), torch.stack(backward[::-1])
+
+
+def read_entropy(h_pre: Tensor) -> Tensor:
+    """How evenly a branch reads the streams: the entropy in nats of `h_pre` scaled to sum 1, mean over tokens.
+
+    0 when one stream is read, log(n) when all are read alike.
+
+    Args:
+        h_pre: `[..., n]`.
+    """
+    magnitude = h_pre.abs()
+    share = magnitude / magnitude.sum(-1, keepdim=True).clamp_min(torch.finfo(h_pre.dtype).tiny)
+    return torch.special.entr(share).sum(-1).mean()
+
+
+def stream_spread(streams: Tensor) -> Tensor:
+    """How far apart the streams are: distance from their mean over their own size, both root mean square over n.
+
+    0 for equal streams, 1 where the mean vanishes; mean over tokens.
+
+    Args:
+        streams: `[..., n, C]`.
+    """
+    wide = streams.float()
+    distance = (wide - wide.mean(-2, keepdim=True)).square().sum((-2, -1))
+    return (distance / wide.square().sum((-2, -1)).clamp_min(torch.finfo(wide.dtype).tiny)).sqrt().mean()
+
+
+def stream_cosine(streams: Tensor) -> Tensor:
+    """The cosine between two different streams, mean over pairs and tokens; 1 for equal streams, 0 for orthogonal ones.
+
+    Args:
+        streams: `[..., n, C]` with n of at least 2.
+    """
+    direction = torch.nn.functional.normalize(streams.float(), dim=-1)
+    n = streams.shape[-2]
+    return ((direction @ direction.mT).sum((-2, -1)) - direction.square().sum((-2, -1))).mean() / (n * (n - 1))
+
+
+def effective_num_streams(streams: Tensor) -> Tensor:
+    """How many streams carry information of their own: the participation ratio of their Gram matrix, mean over tokens.
+
+    `tr(G)^2 / tr(G^2)` with `G = streams @ streams.T`: 1 for equal streams, n for orthogonal ones of equal length.
+
+    Args:
+        streams: `[..., n, C]`.
+    """
+    wide = streams.float()
+    # Scaled first, so that fourth powers stay in range.
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+    gram = wide @ wide.mT
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (trace.square() / gram.square().sum((-2, -1)).clamp_min(torch.finfo(wide.dtype).tiny)).mean()
