@@ -21,7 +21,8 @@ DATA = Path(__file__).parent / "demo_data"
 MODEL = DATA / "gpt2-tinystories-1M"
 TEXT = DATA / "tinyshakespeare.txt"
 HELD_OUT_SHARE = 0.1
-CONTEXT, BATCH, LEARNING_RATE = 128, 16, 1e-3
+CONTEXT, BATCH = 128, 8
+LEARNING_RATE, HYPER_CONNECTION_LEARNING_RATE = 1e-3, 3e-3
 PROMPT = "Once upon a time"
 
 
@@ -44,7 +45,7 @@ def run_demo(directory: Path, *, steps: int, console: Console) -> DemoReport:
 
     Args:
         directory: folder for `converted/`, `fine-tuned/` and `mixing.png`; must not exist or be empty.
-        steps: optimiser steps of 16 x 128 tokens.
+        steps: optimiser steps of 8 x 128 tokens.
         console: where progress is shown.
 
     Raises:
@@ -67,9 +68,9 @@ def run_demo(directory: Path, *, steps: int, console: Console) -> DemoReport:
     model.save_pretrained(tuned)
     tokenizer.save_pretrained(tuned)
     reloaded = AutoModelForCausalLM.from_pretrained(tuned)
-    with record_mappings(reloaded) as recording, torch.no_grad():
+    with record_mappings(reloaded) as records, torch.no_grad():
         reloaded(held_out[:1])
-    plot_mixing(recording, picture)
+    plot_mixing(records, picture)
     return DemoReport(
         report, loss_before, loss_after, _loss(reloaded, held_out), text_before, text_after, picture, tuned
     )
@@ -100,7 +101,7 @@ def _continue(model: Any, tokenizer: Any) -> str:
 
 
 def _fine_tune(model: Any, windows: Tensor, steps: int, console: Console) -> None:
-    optimizer = torch.optim.AdamW(optimizer_param_groups(model, lr=LEARNING_RATE))
+    optimizer = torch.optim.AdamW(optimizer_param_groups(model, LEARNING_RATE, HYPER_CONNECTION_LEARNING_RATE))
     order = torch.Generator().manual_seed(0)
     model.train()
     columns = (TextColumn("fine-tuning"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
