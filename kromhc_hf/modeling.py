@@ -15,10 +15,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .architectures import LayerSpec, attribute, check_layer, layer_spec
+from .architectures import fit_layer, layer_specs
 from .configuration import PREFIX, KromHCConfig, config_class
 from .decoder_layer import HyperConnectedLayer, connect_layer
 from .hyper_connection import HyperConnection, readout
+from .spec import LayerSpec, attribute
 
 
 class HyperConnectedModel:
@@ -37,7 +38,6 @@ class HyperConnectedModel:
         plan = plan_connections(self)
         # A head that builds its base model through AutoModel finds it connected already.
         if not isinstance(plan.layers[0], HyperConnectedLayer):
-            plan.check()
             connect(self, plan)
 
     @classmethod
@@ -122,16 +122,16 @@ class ConnectionPlan:
     Args:
         owners: the transformers models from the outermost inwards; the last one holds the decoder layers.
         layers: the decoder layers.
-        spec: how each of them looks.
+        candidates: what each of them may look like.
     """
 
-    def __init__(self, owners: list[Any], layers: nn.ModuleList, spec: LayerSpec):
-        self.owners, self.layers, self.spec = owners, layers, spec
+    def __init__(self, owners: list[Any], layers: nn.ModuleList, candidates: tuple[LayerSpec, ...]):
+        self.owners, self.layers, self.candidates = owners, layers, candidates
+        self.names = {name for spec in candidates for name in spec.names}
 
-    def check(self) -> None:
-        """Raises ValueError if any layer is not what the table of families says."""
-        for position, layer in enumerate(self.layers):
-            check_layer(layer, self.spec, position)
+    def check(self) -> list[LayerSpec]:
+        """The specification of every layer; raises ValueError if one is not what the table of families says."""
+        return [fit_layer(layer, self.candidates, position) for position, layer in enumerate(self.layers)]
 
 
 def plan_connections(model: Any) -> ConnectionPlan:
@@ -141,18 +141,19 @@ def plan_connections(model: Any) -> ConnectionPlan:
         ValueError: if the family is not supported, or the layers are not where its row says.
     """
     model_type = model.config.model_type.removeprefix(PREFIX)
-    spec = layer_spec(model.config, model_type)
+    candidates = layer_specs(model.config, model_type)
+    path = candidates[0].layers
     owners = [model]
     module = model.base_model
-    for name in (None, *spec.layers.split(".")):
+    for name in (None, *path.split(".")):
         module = attribute(module, name) if name else module
         if isinstance(module, PreTrainedModel) and module is not owners[-1]:
             owners.append(module)
     if not isinstance(module, nn.ModuleList) or len(module) == 0:
         raise ValueError(
-            f"{type(model).__name__} must have its decoder layers at {spec.layers!r} of the base model; got {module!r}."
+            f"{type(model).__name__} must have its decoder layers at {path!r} of the base model; got {module!r}."
         )
-    return ConnectionPlan(owners, module, spec)
+    return ConnectionPlan(owners, module, candidates)
 
 
 def connect(model: Any, plan: ConnectionPlan) -> None:
@@ -160,8 +161,8 @@ def connect(model: Any, plan: ConnectionPlan) -> None:
 
     Every owner's `config` must be a KromHCConfig already.
     """
-    for position, layer in enumerate(plan.layers):
-        connect_layer(layer, plan.spec, model.config, position)
+    for position, (layer, spec) in enumerate(zip(plan.layers, plan.check())):
+        connect_layer(layer, spec, model.config, position)
     layer_names = {type(layer).__name__ for layer in plan.layers}
     for owner in plan.owners:
         if not isinstance(owner, HyperConnectedModel):
@@ -169,7 +170,7 @@ def connect(model: Any, plan: ConnectionPlan) -> None:
         # Keyed by class: without it, recorded outputs silently vanish after the swap.
         _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
         owner._no_split_modules = {*(owner._no_split_modules or ()), *layer_names}
-        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.spec.names}
+        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.names}
 
 
 def model_class(backbone_class: type[PreTrainedModel]) -> type[Any]:
