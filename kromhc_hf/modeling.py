@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from .architectures import fit_layer, layer_specs
 from .configuration import PREFIX, KromHCConfig, config_class
 from .decoder_layer import HyperConnectedLayer, connect_layer
+from .families import SUPPORTED
 from .hyper_connection import HyperConnection, readout
 from .spec import LayerSpec, attribute
 
@@ -54,7 +55,7 @@ class HyperConnectedModel:
         backbone = cls.auto_class._model_mapping.get(config.backbone_config_class, None)
         if backbone is None:
             raise ValueError(f"{config.backbone_config_class.model_type} has no model for {cls.auto_class.__name__}.")
-        return model_class(backbone)
+        return model_class(backbone, type(config))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -143,8 +144,10 @@ def plan_connections(model: Any) -> ConnectionPlan:
     model_type = model.config.model_type.removeprefix(PREFIX)
     candidates = layer_specs(model.config, model_type)
     path = candidates[0].layers
-    owners = [model]
-    module = model.base_model
+    # A base_model_prefix that names nothing makes the model its own base; the base is then one of its children.
+    bases = [model.base_model, *(child for child in model.children() if isinstance(child, PreTrainedModel))]
+    owners: list[Any] = [model]
+    module: Any = next((base for base in bases if attribute(base, path) is not None), model)
     for name in (None, *path.split(".")):
         module = attribute(module, name) if name else module
         if isinstance(module, PreTrainedModel) and module is not owners[-1]:
@@ -166,24 +169,22 @@ def connect(model: Any, plan: ConnectionPlan) -> None:
     layer_names = {type(layer).__name__ for layer in plan.layers}
     for owner in plan.owners:
         if not isinstance(owner, HyperConnectedModel):
-            owner.__class__ = model_class(type(owner))
+            owner.__class__ = model_class(type(owner), type(model.config))
         # Keyed by class: without it, recorded outputs silently vanish after the swap.
         _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
         owner._no_split_modules = {*(owner._no_split_modules or ()), *layer_names}
         owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.names}
 
 
-def model_class(backbone_class: type[PreTrainedModel]) -> type[Any]:
-    """The class with hyper-connections for one of a family's model classes, `LlamaModel` -> `KromHCLlamaModel`."""
-    assert backbone_class.config_class is not None
-    return _model_class(backbone_class, config_class(backbone_class.config_class.model_type))
-
-
 @functools.cache
-def _model_class(backbone_class: type[PreTrainedModel], config_type: type[KromHCConfig]) -> type[Any]:
+def model_class(backbone_class: type[PreTrainedModel], config_type: type[KromHCConfig]) -> type[Any]:
+    """The class with hyper-connections for one of a family's model classes, `LlamaModel` -> `KromHCLlamaModel`.
+
+    Several model types may share the class of one of them; each gets a class of its own, named after its configuration.
+    """
     model_type = config_type.backbone_config_class.model_type
     face = next((face for face in FACES if _belongs(backbone_class, model_type, face)), HyperConnectedModel)
-    name = f"KromHC{backbone_class.__name__}"
+    name = _class_name(backbone_class, config_type.backbone_config_class)
     backbone_forward = backbone_class.forward
 
     # Trainer, generate and pipelines read the signature.
@@ -220,11 +221,22 @@ def _belongs(backbone_class: type[PreTrainedModel], model_type: str, face: type[
     return backbone_class.__name__ in ((names,) if isinstance(names, str) else names)
 
 
+def _class_name(backbone_class: type[PreTrainedModel], config_class: type[Any]) -> str:
+    own_stem = getattr(backbone_class.config_class, "__name__", "").removesuffix("Config")
+    stem = config_class.__name__.removesuffix("Config")
+    shared = backbone_class.config_class is not config_class and backbone_class.__name__.startswith(own_stem)
+    return f"KromHC{stem}{backbone_class.__name__.removeprefix(own_stem)}" if shared else f"KromHC{backbone_class.__name__}"
+
+
 def __getattr__(name: str) -> Any:
     # Pickle and `auto_map` look a generated class up by name.
+    plain = name.removeprefix("KromHC")
     for face in FACES:
         for model_type, names in face.auto_class._model_mapping._model_mapping.items():
-            if name.removeprefix("KromHC") in ((names,) if isinstance(names, str) else names) and name != names:
-                if model_type in CONFIG_MAPPING_NAMES:
-                    return face.class_for(config_class(model_type)())
+            stem = CONFIG_MAPPING_NAMES.get(model_type, " ").removesuffix("Config")
+            listed = plain in ((names,) if isinstance(names, str) else names)
+            if plain != name and model_type in SUPPORTED and (listed or plain.startswith(stem)):
+                found = face.class_for(config_class(model_type)())
+                if found.__name__ == name:
+                    return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
