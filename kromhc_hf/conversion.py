@@ -127,7 +127,7 @@ def _converted_config(folder: Path, **options: Any) -> Any:
             f"(model_type {model_type!r}). Convert its base model instead."
         )
     config = KromHCConfig(backbone_config=AutoConfig.from_pretrained(folder), **options)
-    vars(config).pop("auto_map", None)  # type: ignore[call-overload]
+    vars(config).pop("auto_map", None)
     return config
 
 

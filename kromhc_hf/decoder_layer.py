@@ -1,16 +1,28 @@
 """The one decoder layer forward that serves every family, and the classes generated from it."""
 
 import functools
-import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architectures import LayerSpec, Sublayer, attribute
-from .configuration import KromHCConfig
 from .hyper_connection import HyperConnection, expand, readout
+from .spec import LayerSpec, Step, Sublayer, attribute, forward_parameters
+
+
+class Arguments(NamedTuple):
+    """Which arguments of a layer reach one of its sublayers."""
+
+    names: tuple[tuple[str, str], ...]  # of the layer, of the sublayer
+    layer_names: frozenset[str]  # what the layer's own forward names
+    others: bool  # whether the sublayer takes what the layer does not name
+
+    def select(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        selected = {new: kwargs[name] for name, new in self.names if name in kwargs}
+        if self.others:
+            selected.update((name, value) for name, value in kwargs.items() if name not in self.layer_names)
+        return selected
 
 
 class HyperConnectedLayer(nn.Module):
@@ -23,7 +35,7 @@ class HyperConnectedLayer(nn.Module):
     layer_class: ClassVar[type[nn.Module]]
     spec: ClassVar[LayerSpec]
     positional_names: ClassVar[tuple[str, ...]]
-    accepted_names: ClassVar[dict[str, frozenset[str] | None]]
+    arguments: ClassVar[dict[str, Arguments]]
 
     hc_config: Any
     hc_layer_index: int
@@ -31,58 +43,102 @@ class HyperConnectedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Some models pass cache and mask by position, in the order of the original signature.
         kwargs.update(zip(self.positional_names, args))
-        streams = hidden_states if hidden_states.dim() == 4 else expand(hidden_states, self.hc_config.hc_num_streams)
-        attention_weights = None
-        for name, sublayers in zip(self.spec.names, self.spec.steps):
-            branch_input, write = getattr(self, name)(streams)
-            branch_output = None
-            for sublayer in sublayers:
-                output, weights = self.run_sublayer(sublayer, branch_input, kwargs)
-                branch_output = output if branch_output is None else branch_output + output
-                attention_weights = weights if sublayer.attention else attention_weights
+        streams = hidden_states
+        if streams.dim() == 3:
+            if self.spec.wide is not None and attribute(self, self.spec.wide):
+                streams = streams.float()
+            streams = expand(streams, self.hc_config.hc_num_streams)
+        attention_output: tuple[Any, ...] = ()
+        for step in self.spec.steps:
+            branch_input, write = getattr(self, step.name)(streams)
+            branch_output, extras = self.run_step(step, branch_input, kwargs)
+            attention_output = extras or attention_output
             streams = write(branch_output)
+        if self.spec.gain is not None:
+            streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
         if self.hc_layer_index == self.hc_config.num_hidden_layers - 1:
             streams = readout(streams, self.hc_config.hc_readout)
-        return streams if self.spec.returns == "tensor" else (streams, attention_weights)
+        if self.spec.extras is None:
+            return streams
+        return streams, *(attention_output[i] if i < len(attention_output) else None for i in self.spec.extras)
 
-    def run_sublayer(self, sublayer: Sublayer, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """The branch output of one sublayer, and what else it returned (attention weights or router logits)."""
-        if sublayer.pre is not None:
-            hidden_states = getattr(self, sublayer.pre)(hidden_states)
-        extra = None
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Generated classes have no importable name: what they are generated from is pickled instead.
+        return _restored, (self.layer_class, self.spec, tuple(self.arguments.items())), self.__dict__
+
+    def run_step(self, step: Step, branch_input: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+        """The branch output of one residual step, and everything that its attention returned."""
+        branch_output: Tensor | None = None
+        attention_output: tuple[Any, ...] = ()
+        normed: dict[str | None, Tensor] = {None: branch_input}
+        for sublayer in step.sublayers:
+            # Parallel sublayers may share a norm.
+            if sublayer.pre is not None and sublayer.pre not in normed:
+                norm = attribute(self, sublayer.pre)
+                normed[sublayer.pre] = norm(branch_input.to(norm.weight.dtype) if sublayer.cast else branch_input)
+            output, extras = self.run_sublayer(sublayer, normed[sublayer.pre], kwargs)
+            branch_output = output if branch_output is None else branch_output + output
+            attention_output = extras if sublayer.attention else attention_output
+        assert branch_output is not None
+        for name in step.post:
+            branch_output = self.call(name, branch_output)
+        if step.scale is not None:
+            branch_output = branch_output * attribute(self, step.scale)
+        # Some experts return [B * S, C].
+        return branch_output.view(branch_input.shape), attention_output
+
+    def run_sublayer(
+        self, sublayer: Sublayer, hidden_states: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """The output of one sublayer behind its norm, and everything that its module returned, such as attention weights."""
+        if sublayer.input_scale is not None:
+            hidden_states = hidden_states * attribute(self, sublayer.input_scale)
+        extras: tuple[Any, ...] = ()
         for name in sublayer.modules:
-            arguments = {}
-            if sublayer.attention:
-                accepted = self.accepted_names[name]
-                arguments = {k: v for k, v in kwargs.items() if accepted is None or k in accepted}
+            arguments = self.arguments[name].select(kwargs) if sublayer.attention else {}
             if sublayer.zero is not None:
                 arguments[sublayer.zero] = torch.zeros((), dtype=hidden_states.dtype, device=hidden_states.device)
-            output = getattr(self, name)(hidden_states, **arguments)
-            hidden_states, extra = output[:2] if isinstance(output, tuple) else (output, None)
+            output = self.call(name, *(hidden_states,) * sublayer.repeat, **arguments)
+            if isinstance(output, tuple):
+                extras = output
+            hidden_states = output[0] if isinstance(output, tuple) else output
+        if sublayer.bias is not None and extras[sublayer.bias] is not None:
+            hidden_states = hidden_states + extras[sublayer.bias]
+        if sublayer.times is not None:
+            hidden_states = hidden_states * kwargs[sublayer.times]
         for name in sublayer.post:
-            hidden_states = getattr(self, name)(hidden_states)
-        if sublayer.drop is not None:
-            hidden_states = F.dropout(hidden_states, p=attribute(self, sublayer.drop), training=self.training)
+            hidden_states = self.call(name, hidden_states)
         if sublayer.scale is not None:
             hidden_states = hidden_states * attribute(self, sublayer.scale)
-        return hidden_states, extra
+        return hidden_states, extras
+
+    def call(self, name: str, *inputs: Tensor, **arguments: Any) -> Any:
+        """Calls the attribute, or drops out with the probability that it is."""
+        part = attribute(self, name)
+        if isinstance(part, int | float):
+            return F.dropout(inputs[0], p=part, training=self.training)
+        return part(*inputs, **arguments)
 
 
-def _accepted_names(module: Any) -> frozenset[str] | None:
-    """The keyword arguments that a module's forward takes, None for any."""
-    parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return frozenset(parameter.name for parameter in parameters)
+def _arguments(layer: nn.Module, sublayer: Sublayer, name: str) -> Arguments:
+    """Which arguments reach the module at `name`, as the layer's own forward would pass them."""
+    layer_names, _ = forward_parameters(layer)
+    if isinstance(attribute(layer, name), int | float):
+        return Arguments((), frozenset(layer_names), False)
+    named, others = forward_parameters(attribute(layer, name))
+    renames = dict(sublayer.renames)
+    names = [(n, renames.get(n, n)) for n in layer_names[1:] if n in renames or n not in renames.values()]
+    everything = others and not sublayer.recurrent
+    return Arguments(
+        tuple(pair for pair in names if everything or pair[1] in named[1:]), frozenset(layer_names), others
+    )
 
 
 @functools.cache
 def _layer_class(
-    layer_class: type[nn.Module], spec: LayerSpec, accepted_names: tuple[tuple[str, frozenset[str] | None], ...]
+    layer_class: Any, spec: LayerSpec, arguments: tuple[tuple[str, Arguments], ...]
 ) -> type[HyperConnectedLayer]:
-    parameters = inspect.signature(inspect.unwrap(layer_class.forward)).parameters.values()
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     name = f"KromHC{layer_class.__name__}"
     namespace = {
         "__module__": __name__,
@@ -90,18 +146,27 @@ def _layer_class(
         "__doc__": f"{layer_class.__name__} with hyper-connections.",
         "layer_class": layer_class,
         "spec": spec,
-        "positional_names": tuple(positional[2:]),  # after self and hidden_states
-        "accepted_names": dict(accepted_names),
+        "positional_names": forward_parameters(layer_class)[0][1:],  # after hidden_states
+        "arguments": dict(arguments),
     }
     return type(name, (HyperConnectedLayer, layer_class), namespace)
 
 
-def connect_layer(layer: nn.Module, spec: LayerSpec, config: KromHCConfig | Any, position: int) -> None:
+def _restored(*made_from: Any) -> HyperConnectedLayer:
+    layer_class: Any = _layer_class(*made_from)
+    return layer_class.__new__(layer_class)
+
+
+def connect_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> None:
     """Turns a checked decoder layer into its hyper-connected class, in place, and adds the hyper-connections."""
-    attention = [name for step in spec.steps for sublayer in step if sublayer.attention for name in sublayer.modules]
-    accepted_names = tuple((name, _accepted_names(getattr(layer, name))) for name in attention)
+    arguments = tuple(
+        (name, _arguments(layer, sublayer, name))
+        for sublayer in spec.sublayers
+        if sublayer.attention
+        for name in sublayer.modules
+    )
     device = next(layer.parameters()).device
-    layer.__class__ = _layer_class(type(layer), spec, accepted_names)
+    layer.__class__ = _layer_class(type(layer), spec, arguments)
     layer.hc_config, layer.hc_layer_index = config, position
     for step, name in enumerate(spec.names):
         hyper_connection = HyperConnection(
@@ -118,17 +183,10 @@ def connect_layer(layer: nn.Module, spec: LayerSpec, config: KromHCConfig | Any,
         layer.add_module(name, hyper_connection.train(layer.training))
 
 
-def disconnect_layer(layer: HyperConnectedLayer) -> None:
+def disconnect_layer(layer: Any) -> None:
     """The inverse of `connect_layer`."""
     for name in layer.spec.names:
         delattr(layer, name)
     del layer.hc_config, layer.hc_layer_index
     layer.__class__ = layer.layer_class
 
-
-def __getattr__(name: str) -> Any:
-    # Pickle looks a generated class up by name; the layers of a model are made before it can be unpickled.
-    for cls in HyperConnectedLayer.__subclasses__():
-        if cls.__name__ == name:
-            return cls
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,12 +18,15 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .architectures import LayerSpec, attribute, check_layer, layer_spec, supported_model_types
+from .architectures import fit_layer, layer_specs
 from .configuration import PREFIX, KromHCConfig, config_class
 from .decoder_layer import HyperConnectedLayer, connect_layer
+from .families import SUPPORTED
 from .hyper_connection import HyperConnection, readout
+from .spec import LayerSpec, attribute
 
 
 class HyperConnectedModel:
@@ -42,7 +45,6 @@ class HyperConnectedModel:
         plan = plan_connections(self)
         # A head that builds its base model through AutoModel finds it connected already.
         if not isinstance(plan.layers[0], HyperConnectedLayer):
-            plan.check()
             connect(self, plan)
 
     @classmethod
@@ -59,7 +61,7 @@ class HyperConnectedModel:
         backbone = cls.backbone_for(type(config))
         if backbone is None:
             raise ValueError(f"{config.backbone_config_class.model_type} has no model for {cls.auto_class.__name__}.")
-        return model_class(backbone)
+        return model_class(backbone, type(config))
 
     @classmethod
     def backbone_for(cls, config_type: type[KromHCConfig]) -> type[PreTrainedModel] | None:
@@ -150,16 +152,16 @@ class ConnectionPlan:
     Args:
         owners: the transformers models from the outermost inwards; the last one holds the decoder layers.
         layers: the decoder layers.
-        spec: how each of them looks.
+        candidates: what each of them may look like.
     """
 
-    def __init__(self, owners: list[Any], layers: nn.ModuleList, spec: LayerSpec):
-        self.owners, self.layers, self.spec = owners, layers, spec
+    def __init__(self, owners: list[Any], layers: nn.ModuleList, candidates: tuple[LayerSpec, ...]):
+        self.owners, self.layers, self.candidates = owners, layers, candidates
+        self.names = {name for spec in candidates for name in spec.names}
 
-    def check(self) -> None:
-        """Raises ValueError if any layer is not what the table of families says."""
-        for position, layer in enumerate(self.layers):
-            check_layer(layer, self.spec, position)
+    def check(self) -> list[LayerSpec]:
+        """The specification of every layer; raises ValueError if one is not what the table of families says."""
+        return [fit_layer(layer, self.candidates, position) for position, layer in enumerate(self.layers)]
 
 
 def plan_connections(model: Any) -> ConnectionPlan:
@@ -169,18 +171,21 @@ def plan_connections(model: Any) -> ConnectionPlan:
         ValueError: if the family is not supported, or the layers are not where its row says.
     """
     model_type = model.config.model_type.removeprefix(PREFIX)
-    spec = layer_spec(model.config, model_type)
-    owners = [model]
-    module = model.base_model
-    for name in (None, *spec.layers.split(".")):
+    candidates = layer_specs(model.config, model_type)
+    path = candidates[0].layers
+    # A base_model_prefix that names nothing makes the model its own base; the base is then one of its children.
+    bases = [model.base_model, *(child for child in model.children() if isinstance(child, PreTrainedModel))]
+    owners: list[Any] = [model]
+    module: Any = next((base for base in bases if attribute(base, path) is not None), model)
+    for name in (None, *path.split(".")):
         module = attribute(module, name) if name else module
         if isinstance(module, PreTrainedModel) and module is not owners[-1]:
             owners.append(module)
     if not isinstance(module, nn.ModuleList) or len(module) == 0:
         raise ValueError(
-            f"{type(model).__name__} must have its decoder layers at {spec.layers!r} of the base model; got {module!r}."
+            f"{type(model).__name__} must have its decoder layers at {path!r} of the base model; got {module!r}."
         )
-    return ConnectionPlan(owners, module, spec)
+    return ConnectionPlan(owners, module, candidates)
 
 
 def connect(model: Any, plan: ConnectionPlan) -> None:
@@ -188,29 +193,27 @@ def connect(model: Any, plan: ConnectionPlan) -> None:
 
     Every owner's `config` must be a KromHCConfig already.
     """
-    for position, layer in enumerate(plan.layers):
-        connect_layer(layer, plan.spec, model.config, position)
+    for position, (layer, spec) in enumerate(zip(plan.layers, plan.check())):
+        connect_layer(layer, spec, model.config, position)
     layer_names = {type(layer).__name__ for layer in plan.layers}
     for owner in plan.owners:
         if not isinstance(owner, HyperConnectedModel):
-            owner.__class__ = model_class(type(owner))
+            owner.__class__ = model_class(type(owner), type(model.config))
         # Keyed by class: without it, recorded outputs silently vanish after the swap.
         _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
         owner._no_split_modules = {*(owner._no_split_modules or ()), *layer_names}
-        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.spec.names}
-
-
-def model_class(backbone_class: type[PreTrainedModel]) -> type[Any]:
-    """The class with hyper-connections for one of a family's model classes, `LlamaModel` -> `KromHCLlamaModel`."""
-    assert backbone_class.config_class is not None
-    return _model_class(backbone_class, config_class(backbone_class.config_class.model_type))
+        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.names}
 
 
 @functools.cache
-def _model_class(backbone_class: type[PreTrainedModel], config_type: type[KromHCConfig]) -> type[Any]:
+def model_class(backbone_class: Any, config_type: Any) -> type[Any]:
+    """The class with hyper-connections for one of a family's model classes, `LlamaModel` -> `KromHCLlamaModel`.
+
+    Several model types may share the class of one of them; each gets a class of its own, named after its configuration.
+    """
     model_type = config_type.backbone_config_class.model_type
-    face = next((face for face in FACES if backbone_class.__name__ in _class_names(face, model_type)), HyperConnectedModel)
-    name = f"KromHC{backbone_class.__name__}"
+    face = next((face for face in FACES if backbone_class.__name__ in _listed(face, model_type)), HyperConnectedModel)
+    name = _class_name(backbone_class, config_type.backbone_config_class)
     backbone_forward = backbone_class.forward
 
     # Trainer, generate and pipelines read the signature.
@@ -236,26 +239,36 @@ def _model_class(backbone_class: type[PreTrainedModel], config_type: type[KromHC
         "forward": forward,
     }
     # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
-    new_model_type = config_type.model_type  # type: ignore[attr-defined]
-    for key, new_key in ((backbone_class.__name__, name), (model_type, new_model_type)):
+    for key, new_key in ((backbone_class.__name__, name), (model_type, config_type.model_type)):
         conversion = get_checkpoint_conversion_mapping(key)
         if conversion is not None:
             register_checkpoint_conversion_mapping(new_key, conversion, overwrite=True)
     return type(name, (face, backbone_class), namespace)
 
 
-def _class_names(face: type[HyperConnectedModel], model_type: str) -> tuple[str, ...]:
+def _listed(face: type[HyperConnectedModel], model_type: str) -> tuple[str, ...]:
     """The names of the family's classes for the task of a face, without importing them."""
     names = face.auto_class._model_mapping._model_mapping.get(model_type, ())
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def _class_name(backbone_class: type[PreTrainedModel], config_class: type[Any]) -> str:
+    own_stem = getattr(backbone_class.config_class, "__name__", "").removesuffix("Config")
+    stem = config_class.__name__.removesuffix("Config")
+    shared = backbone_class.config_class is not config_class and backbone_class.__name__.startswith(own_stem)
+    return f"KromHC{stem}{backbone_class.__name__.removeprefix(own_stem)}" if shared else f"KromHC{backbone_class.__name__}"
+
+
 def __getattr__(name: str) -> Any:
     # Pickle and `auto_map` look a generated class up by name.
-    for face in FACES if name.startswith("KromHC") else ():
-        for model_type in supported_model_types():
-            if name.removeprefix("KromHC") in _class_names(face, model_type):
-                backbone = face.backbone_for(config_class(model_type))
-                assert backbone is not None
-                return model_class(backbone)
+    plain = name.removeprefix("KromHC")
+    for face in FACES if plain != name else ():
+        for model_type in SUPPORTED:
+            stem = CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")
+            if plain in _listed(face, model_type) or plain.startswith(stem):
+                config_type = config_class(model_type)
+                backbone = face.backbone_for(config_type)
+                found = None if backbone is None else model_class(backbone, config_type)
+                if found is not None and found.__name__ == name:
+                    return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

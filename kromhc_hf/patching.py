@@ -87,7 +87,7 @@ def remove_hyper_connections(model: Any) -> Any:
         owner.__class__ = owner.backbone_class
         _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
         owner._no_split_modules = set(owner._no_split_modules) - layer_names
-        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - set(plan.spec.names)
+        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - plan.names
     return model
 
 

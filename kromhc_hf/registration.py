@@ -25,4 +25,4 @@ def _register_models(config_type: type[KromHCConfig]) -> None:
     for face in FACES:
         backbone = face.backbone_for(config_type)
         if backbone is not None:
-            face.auto_class.register(config_type, model_class(backbone), exist_ok=True)
+            face.auto_class.register(config_type, model_class(backbone, config_type), exist_ok=True)

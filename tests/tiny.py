@@ -1,7 +1,10 @@
 """Tiny randomly initialised models of every family, with norm weights and biases randomised too."""
 
+import dataclasses
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
 COMMON = {
@@ -17,24 +20,137 @@ COMMON = {
     "eos_token_id": 2,
 }
 
-# What a family needs beside or instead of the common sizes.
+# Small values for fields that only some configurations have.
+SMALL = {
+    **dict.fromkeys(["n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(["num_experts_per_tok", "moe_k", "moe_topk"], 2),
+    **dict.fromkeys(["n_group", "topk_group", "n_shared_experts"], 1),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"], 16),
+    **dict.fromkeys(["moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"], 16),
+    **dict.fromkeys(["dense_intermediate_size", "intermediate_size_mlp"], 24),
+    **dict.fromkeys(["kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim", "head_dim"], 8),
+    **dict.fromkeys(["qk_rope_head_dim", "rotary_dim", "index_n_heads", "index_topk", "d_rel"], 4),
+    **dict.fromkeys(["index_head_dim", "sliding_window", "sliding_window_size", "rel_extent"], 8),
+    **dict.fromkeys(["swa_num_attention_heads", "swa_num_key_value_heads"], 4),
+    **dict.fromkeys(["swa_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"], 8),
+    **dict.fromkeys(["linear_num_key_heads", "linear_num_heads"], 2),
+    "linear_num_value_heads": 4,
+    **dict.fromkeys(["mamba_d_state", "state_size", "ssm_state_size", "mamba_chunk_size", "chunk_size"], 8),
+    **dict.fromkeys(["mamba_n_heads", "mamba_num_heads"], 4),
+    **dict.fromkeys(["mamba_d_head", "mamba_head_dim"], 16),
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 0,
+    "head_size": 8,
+}
+
+LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+CONVOLUTION_THEN_FULL = {"layer_types": ["conv", "full_attention", "conv"]}
+SLIDING_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GPT2_SIZES = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+
+# What a family needs beside or instead of the sizes above; one entry per variant of its layer.
 SPECIAL: dict[str, list[dict]] = {
-    "gemma2": [{"head_dim": 8, "sliding_window": 8}],
-    "gpt2": [{"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48}],
+    "bailing_hybrid": [LINEAR_THEN_FULL],
+    "bamba": [{"attn_layer_indices": [1]}],
+    "bloom": [{"n_layer": 3, "n_head": 4}],
+    "codegen": [{**GPT2_SIZES, "n_inner": 48}],
+    "cohere2": [SLIDING_THEN_FULL],
+    "cohere_compass_text": [
+        {
+            **SLIDING_THEN_FULL,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+                "full_attention": None,
+            },
+        }
+    ],
+    "ctrl": [{**GPT2_SIZES, "dff": 48}],
+    "dbrx": [
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        }
+    ],
+    "falcon": [
+        {"new_decoder_architecture": False, "parallel_attn": False, "bias": True, "alibi": False},
+        {"new_decoder_architecture": False, "parallel_attn": True, "multi_query": True, "alibi": True},
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ],
+    "falcon_h1": [{"mamba_d_ssm": 64, "ssm_out_multiplier": 0.7, "attention_in_multiplier": 1.3}],
+    "gemma4_text": [
+        {
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 99,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        {"hidden_size_per_layer_input": 0},
+    ],
+    "gpt2": [{**GPT2_SIZES, "n_inner": 48}],
+    "gpt_bigcode": [{**GPT2_SIZES, "n_inner": 48}],
+    "gpt_neo": [{"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}],
     "gpt_neox": [{"use_parallel_residual": True}, {"use_parallel_residual": False}],
-    "mistral": [{"sliding_window": 8}],
-    "mixtral": [{"num_local_experts": 4, "num_experts_per_tok": 2}],
-    "qwen3": [{"head_dim": 8}],
+    "gptj": [{**GPT2_SIZES, "n_inner": 48}],
+    "granite": [{"residual_multiplier": 0.4}],
+    "granitemoehybrid": [
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "residual_multiplier": 0.4},
+        {**LINEAR_THEN_FULL, "num_local_experts": 0, "position_embedding_type": "rope"},
+    ],
+    "granitemoeshared": [{"shared_intermediate_size": 16, "residual_multiplier": 0.4}, {"shared_intermediate_size": 0}],
+    "inkling_text": [{"mlp_layer_types": ["dense", "sparse", "sparse"], "local_layer_ids": [0, 2]}],
+    "jamba": [{"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}],
+    "kimi_linear": [LINEAR_THEN_FULL],
+    "lfm2": [CONVOLUTION_THEN_FULL],
+    "lfm2_moe": [{**CONVOLUTION_THEN_FULL, "num_dense_layers": 1}],
+    "lfm3": [CONVOLUTION_THEN_FULL],
+    "llama4_text": [{"num_local_experts": 4, "interleave_moe_layer_step": 2, "attention_chunk_size": 8}],
+    "mamba2": [{"num_heads": 4, "head_dim": 16, "n_groups": 1}],
+    "moshi": [{"ffn_dim": 48}],
+    "mpt": [{"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64, "expansion_ratio": 2}],
+    "nemotron_h": [{"layers_block_type": ["mamba", "attention", "moe", "mlp"], "n_groups": 1}],
+    "olmo_hybrid": [LINEAR_THEN_FULL],
+    "opt": [{"ffn_dim": 48, "word_embed_proj_dim": 32}],
+    "phi4_multimodal": [
+        {
+            "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+            "audio_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_blocks": 2,
+                "num_attention_heads": 4,
+                "nemo_conv_channels": 32,
+                "ext_pw_out_channel": 32,
+            },
+        }
+    ],
+    "qwen3_5_moe_text": [LINEAR_THEN_FULL],
+    "qwen3_5_text": [LINEAR_THEN_FULL],
+    "qwen3_next": [LINEAR_THEN_FULL],
+    "recurrent_gemma": [{"attention_window_size": 8, "block_types": ["recurrent", "attention", "recurrent"]}],
+    "stablelm": [{"use_parallel_residual": True}, {"use_parallel_residual": False}],
+    "xglm": [{"d_model": 32, "num_layers": 3, "attention_heads": 4, "ffn_dim": 48}],
 }
 
 
 def configurations(model_type: str) -> list:
     """One configuration per variant of the family's layer."""
+    config_class = CONFIG_MAPPING[model_type]
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    small = {name: value for name, value in SMALL.items() if name in fields}
+    # Latent attention has as many key heads as heads.
+    latent = {"num_key_value_heads": 4} if "kv_lora_rank" in fields else {}
     configs = []
     for special in SPECIAL.get(model_type, [{}]):
-        sizes = {} if "n_embd" in special else COMMON
-        tokens = {k: COMMON[k] for k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
-        configs.append(AutoConfig.for_model(model_type, **{**tokens, **sizes, **special}))
+        # A field that the family calls otherwise is given under that name alone.
+        renamed = {name for name, own in config_class.attribute_map.items() if own in special}
+        sizes = {name: value for name, value in {**COMMON, **latent, **small}.items() if name not in renamed}
+        configs.append(AutoConfig.for_model(model_type, **{**sizes, **special}))
     return configs
 
 

@@ -1,0 +1,135 @@
+"""The words in which decoder layers are described: sublayers, residual steps, layers. Attribute names, no mathematics."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One call inside a residual branch: `output = scale * post(times * module(input_scale * pre(input)))`.
+
+    All names are attributes of the layer and may be dotted. In `module` and `post`, an attribute that is a number is
+    the probability of a functional dropout.
+
+    Args:
+        module: attribute of the sublayer; several names are applied one after the other.
+        pre: attribute of the norm in front, if any.
+        post: attributes applied to the output in order.
+        scale: attribute with a factor on the output.
+        input_scale: attribute with a factor on the normed input.
+        times: argument of the layer that the output of the module is multiplied with, before `post`.
+        attention: whether the modules take the arguments of the layer, such as mask and cache.
+        recurrent: whether the modules, of those arguments, take only what their forward names.
+        renames: pairs of an argument of the layer and the name under which the modules take it.
+        repeat: how many times the input is passed, for attention with query, key and value of its own.
+        cast: whether the input is cast to the dtype of `pre` first.
+        zero: name of a `residual` argument that the sublayer would add inside; it is given a zero.
+        bias: position, in what the module returns, of a bias that the layer adds to the output.
+    """
+
+    module: str | tuple[str, ...]
+    pre: str | None = None
+    post: tuple[str, ...] = ()
+    scale: str | None = None
+    input_scale: str | None = None
+    times: str | None = None
+    attention: bool = False
+    recurrent: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
+    repeat: int = 1
+    cast: bool = False
+    zero: str | None = None
+    bias: int | None = None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (self.module,) if isinstance(self.module, str) else self.module
+
+
+@dataclass(frozen=True)
+class Step:
+    """One residual step, `residual + scale * post(sum of the sublayers)`, with one hyper-connection.
+
+    Args:
+        name: attribute that the hyper-connection gets.
+        sublayers: what runs on the same branch input, side by side.
+        post: attributes applied to the sum in order; a number is the probability of a functional dropout.
+        scale: attribute with a factor on the sum.
+    """
+
+    name: str
+    sublayers: tuple[Sublayer, ...]
+    post: tuple[str, ...] = ()
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One kind of decoder layer.
+
+    Args:
+        steps: the residual steps in order.
+        extras: None where the layer returns a tensor; where it returns a tuple, the positions in the output of the
+            attention of what follows the hidden states.
+        layers: path from the base model to the list of layers.
+        gain: attribute with a factor on the whole residual at the end of the layer.
+        wide: attribute that tells whether the residual is kept in fp32.
+        unused: attributes with parameters that the forward of the layer does not need.
+        exact: False where the family adds parallel branches to the residual in another order, so that a converted
+            model is equal up to the rounding of that sum; all others are bitwise equal.
+    """
+
+    steps: tuple[Step, ...]
+    extras: tuple[int, ...] | None = None
+    layers: str = "layers"
+    gain: str | None = None
+    wide: str | None = None
+    unused: tuple[str, ...] = ()
+    exact: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Attribute names of the hyper-connections, one per step."""
+        return tuple(step.name for step in self.steps)
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        return tuple(sublayer for step in self.steps for sublayer in step.sublayers)
+
+
+def sequential(attention: Sublayer, feed_forward: Sublayer, scale: str | None = None, **options: Any) -> LayerSpec:
+    """Attention, then feed-forward, each with a residual connection of its own."""
+    attention = replace(attention, attention=True)
+    return LayerSpec((Step("attn_hc", (attention,), scale=scale), Step("ffn_hc", (feed_forward,), scale=scale)), **options)
+
+
+def block(*sublayers: Sublayer, post: tuple[str, ...] = (), **options: Any) -> LayerSpec:
+    """One residual connection around everything; several sublayers are parallel."""
+    first = replace(sublayers[0], attention=True)
+    return LayerSpec((Step("block_hc", (first, *sublayers[1:]), post=post),), **options)
+
+
+def recurrent(module: str, pre: str | None = None, cache: str = "past_key_values", **options: Any) -> Sublayer:
+    """A linear-attention, mamba or convolution sublayer; `cache` is the layer's name for the state it keeps."""
+    renames = ((cache, "cache_params"), *options.pop("renames", ()))
+    return Sublayer(module, pre, attention=True, recurrent=True, renames=renames, **options)
+
+
+def attribute(module: Any, path: str) -> Any:
+    """The attribute at a dotted path, or None if it does not exist."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def forward_parameters(module: Any) -> tuple[tuple[str, ...], bool]:
+    """The names that the forward of a module or its class takes after `self`, and whether it takes any others."""
+    forward = module.forward if isinstance(module, type) else type(module).forward
+    parameters = list(inspect.signature(inspect.unwrap(forward)).parameters.values())[1:]
+    named = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+Row = LayerSpec | tuple[LayerSpec, ...] | Callable[[Any], "LayerSpec | tuple[LayerSpec, ...]"]
