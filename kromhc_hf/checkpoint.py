@@ -75,7 +75,9 @@ def weight_map(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """
     name = config.get("transformers_weights") or (WEIGHTS if (folder / WEIGHTS).is_file() else WEIGHTS_INDEX)
     if Path(name).name != name:
-        raise ValueError(f"transformers_weights must name a file inside the checkpoint; got {name!r}. Correct config.json.")
+        raise ValueError(
+            f"transformers_weights must name a file inside the checkpoint; got {name!r}. Correct config.json."
+        )
     if not (folder / name).is_file():
         raise FileNotFoundError(
             f"source must hold safetensors weights ({WEIGHTS} or {WEIGHTS_INDEX}); {folder} has no {name}. "

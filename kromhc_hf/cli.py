@@ -1,4 +1,4 @@
-"""The `kromhc` command: results on stdout, progress and errors on stderr, exit 0, 1 (a check failed) or 2 (bad input)."""
+"""The `kromhc` command: results on stdout, messages on stderr, exit 0, 1 (a check failed) or 2 (bad input)."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="Folder to make; must not exist or be empty.")],
     num_streams: Streams = 4,
     variant: Annotated[str, typer.Option(help="Parametrisation of the mixing matrix.")] = "kromhc",
-    init: Annotated[str, typer.Option(help="identity (nothing changes) or paper (training from scratch).")] = "identity",
+    init: Annotated[str, typer.Option(help="identity (nothing changes) or paper (from scratch).")] = "identity",
     readout: Annotated[str, typer.Option(help="How the streams are joined: mean or sum.")] = "mean",
     static: Annotated[bool, typer.Option("--static", help="Mappings that do not depend on the token.")] = False,
     residual_logit: Annotated[float, typer.Option(help="How strongly mixing leans towards the identity.")] = 4.0,

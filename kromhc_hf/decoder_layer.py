@@ -166,7 +166,8 @@ def connect_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> No
         for name in sublayer.modules
     )
     device = next(layer.parameters()).device
-    layer.__class__ = _layer_class(type(layer), spec, arguments)
+    layer_class: Any = type(layer)
+    layer.__class__ = _layer_class(layer_class, spec, arguments)
     layer.hc_config, layer.hc_layer_index = config, position
     for step, name in enumerate(spec.names):
         hyper_connection = HyperConnection(
@@ -189,4 +190,3 @@ def disconnect_layer(layer: Any) -> None:
         delattr(layer, name)
     del layer.hc_config, layer.hc_layer_index
     layer.__class__ = layer.layer_class
-

@@ -94,9 +94,7 @@ def _loss(model: Any, windows: Tensor) -> float:
 
 def _continue(model: Any, tokenizer: Any) -> str:
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.eval().generate(
-        **prompt, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
+    tokens = model.eval().generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 

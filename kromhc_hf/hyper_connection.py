@@ -1,7 +1,6 @@
 """The hyper-connection of one residual branch: it computes the mappings, reads the streams and writes them back."""
 
 from collections.abc import Callable
-from math import log
 from typing import NamedTuple
 
 import torch

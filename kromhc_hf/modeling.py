@@ -56,7 +56,8 @@ class HyperConnectedModel:
         """
         if not isinstance(config, KromHCConfig):
             raise ValueError(
-                f"{cls.__name__} needs a KromHCConfig; got {type(config).__name__}. Use KromHCConfig(backbone_config=...)."
+                f"{cls.__name__} needs a KromHCConfig; got {type(config).__name__}. "
+                "Use KromHCConfig(backbone_config=...)."
             )
         backbone = cls.backbone_for(type(config))
         if backbone is None:
@@ -205,12 +206,16 @@ def connect(model: Any, plan: ConnectionPlan) -> None:
         owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.names}
 
 
-@functools.cache
 def model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     """The class with hyper-connections for one of a family's model classes, `LlamaModel` -> `KromHCLlamaModel`.
 
     Several model types may share the class of one of them; each gets a class of its own, named after its configuration.
     """
+    return _model_class(backbone_class, config_type)
+
+
+@functools.cache
+def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     model_type = config_type.backbone_config_class.model_type
     face = next((face for face in FACES if backbone_class.__name__ in _listed(face, model_type)), HyperConnectedModel)
     name = _class_name(backbone_class, config_type.backbone_config_class)
@@ -256,7 +261,7 @@ def _class_name(backbone_class: type[PreTrainedModel], config_class: type[Any]) 
     own_stem = getattr(backbone_class.config_class, "__name__", "").removesuffix("Config")
     stem = config_class.__name__.removesuffix("Config")
     shared = backbone_class.config_class is not config_class and backbone_class.__name__.startswith(own_stem)
-    return f"KromHC{stem}{backbone_class.__name__.removeprefix(own_stem)}" if shared else f"KromHC{backbone_class.__name__}"
+    return f"KromHC{stem * shared}{backbone_class.__name__.removeprefix(own_stem * shared)}"
 
 
 def __getattr__(name: str) -> Any:

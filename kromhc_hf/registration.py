@@ -3,6 +3,8 @@
 Only the installed package registers itself; copies of the modelling files on the Hub do not.
 """
 
+from typing import Any
+
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
@@ -15,7 +17,8 @@ def register() -> None:
     """Registers all supported families with AutoConfig, AutoTokenizer and the AutoModel classes."""
     for model_type in supported_model_types():
         # Not AutoConfig.register: it needs the class, and the class needs the family's module.
-        CONFIG_MAPPING.register(PREFIX + model_type, KromHCConfig, exist_ok=True)
+        face: Any = KromHCConfig
+        CONFIG_MAPPING.register(PREFIX + model_type, face, exist_ok=True)
         if model_type in TOKENIZER_MAPPING_NAMES:
             TOKENIZER_MAPPING_NAMES[PREFIX + model_type] = TOKENIZER_MAPPING_NAMES[model_type]
     KromHCConfig.on_new_class.append(_register_models)

@@ -158,7 +158,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Any, Tensor, Any]:
     """Logits in fp32, greedy continuation, the model, the tokens `[1, S]` and the tokenizer that made them."""
     gc.collect()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     tokenizer = None
     if tokens is None:
         context = getattr(model.config, "max_position_embeddings", None) or max_tokens
@@ -173,12 +173,11 @@ def _run(
         do_sample=False,
         pad_token_id=model.config.pad_token_id or 0,
     )
+    assert tokens is not None
     return logits.float(), greedy, model, tokens, tokenizer
 
 
-def _tokens(
-    checkpoint: str | os.PathLike[str], text: str | None, length: int, vocab_size: int
-) -> tuple[Tensor, Any]:
+def _tokens(checkpoint: str | os.PathLike[str], text: str | None, length: int, vocab_size: int) -> tuple[Tensor, Any]:
     """The first tokens of the text and the tokenizer; random tokens and None where no tokenizer can read the sample."""
     random = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     try:

@@ -2,8 +2,8 @@
 
     python scripts/train_demo_model.py TRAIN.txt VALID.txt kromhc_hf/demo_data/gpt2-tinystories-1M
 
-A byte-level BPE of 1024 tokens and a GPT-2 of 957 k parameters (4 layers, width 128, context 256) are trained on stories
-separated by <|endoftext|>; the weights are saved in bf16. Takes about half an hour on two CPU cores.
+A byte-level BPE of 1024 tokens and a GPT-2 of 957 k parameters (4 layers, width 128, context 256) are trained on
+stories separated by <|endoftext|>; the weights are saved in bf16.
 """
 
 import argparse

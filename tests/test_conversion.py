@@ -227,7 +227,9 @@ def test_a_failure_half_way_leaves_nothing(tmp_path):
 
 
 def test_a_killed_conversion_leaves_nothing_that_stays(base, tmp_path):
-    script = "import sys, kromhc_hf; kromhc_hf.convert_checkpoint(*sys.argv[1:3], progress=lambda *_: __import__('time').sleep(60))"
+    script = (
+        "import sys, time, kromhc_hf;kromhc_hf.convert_checkpoint(*sys.argv[1:3], progress=lambda *_: time.sleep(60))"
+    )
     process = subprocess.Popen([sys.executable, "-c", script, base, tmp_path / "out"])
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.partial-*")):

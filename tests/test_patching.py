@@ -13,7 +13,6 @@ from kromhc_hf import (
     apply_hyper_connections,
     has_hyper_connections,
     remove_hyper_connections,
-    supported_model_types,
 )
 
 
@@ -43,8 +42,9 @@ def assert_same(before: dict, after: dict, ignore: tuple[str, ...] = ()) -> None
         assert torch.equal(after["parameters"][name][1], value)
 
 
-@pytest.mark.parametrize("config", [c for t in supported_model_types() for c in configurations(t)], ids=lambda c: c.model_type)
-def test_remove_restores_everything(config):
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "phi3", "gpt2", "gpt_neox", "mixtral"])
+def test_remove_restores_everything(family):
+    config = configurations(family)[0]
     model = make_model(config)
     before, tokens = snapshot(model), token_ids(config)
     expected = model(tokens, output_hidden_states=True)
