@@ -149,3 +149,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         messages.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

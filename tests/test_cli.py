@@ -1,0 +1,126 @@
+"""The command line: results on stdout, messages on stderr, exit codes 0, 1 and 2, never a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import configurations, make_model
+from transformers import AutoModelForCausalLM
+
+from kromhc_hf.cli import main
+
+
+@pytest.fixture
+def kromhc(monkeypatch, capsys):
+    """Runs the command in this process: `kromhc("convert", ...)` -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kromhc", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return exit_.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def base(tmp_path):
+    make_model(configurations("llama")[0]).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_convert_then_verify(kromhc, base, tmp_path):
+    code, out, _ = kromhc("convert", base, tmp_path / "out", "-n", 3)
+    assert code == 0
+    assert "kromhc, 3 streams, init identity" in out
+    assert "bitwise equal" in out
+    code, out, _ = kromhc("verify", base, tmp_path / "out", "--json", "--max-tokens", 20, "--dtype", "bfloat16")
+    report = json.loads(out)
+    assert code == 0
+    assert (report["lossless"], report["passed"], report["tokens"], report["dtype"]) == (True, True, 20, "bfloat16")
+
+
+def test_convert_without_verification_as_json(kromhc, base, tmp_path):
+    code, out, _ = kromhc(
+        "convert", base, tmp_path / "out", "--no-verify", "--json", "--variant", "identity", "--static"
+    )
+    report = json.loads(out)
+    assert code == 0
+    assert (report["variant"], report["lossless"], report["passed"]) == ("identity", None, True)
+    assert report["added_parameters"] == 6 * 8  # two biases of n in each of six branches
+
+
+def test_a_broken_promise_exits_with_1(kromhc, base, tmp_path):
+    kromhc("convert", base, tmp_path / "out", "--no-verify")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model.model.layers[0].attn_hc.bias[4] += 1
+    model.save_pretrained(tmp_path / "changed")
+    code, out, err = kromhc("verify", base, tmp_path / "changed")
+    assert code == 1
+    assert "NO" in out
+    assert "promises an unchanged function, but the outputs differ" in err
+
+
+def test_an_init_without_promise_exits_with_0(kromhc, base, tmp_path):
+    code, out, _ = kromhc("convert", base, tmp_path / "out", "--init", "paper", "--readout", "sum")
+    assert code == 0
+    assert "NO" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "{base}", "{tmp}/out", "-n", "0"], "num_streams must be at least 1; got 0."),
+        (["convert", "{base}", "{tmp}/out", "-n", "-1"], "num_streams must be at least 1; got -1."),
+        (["convert", "{base}", "{tmp}/out", "-n", "7"], "got 7. Use num_streams=8."),
+        (["convert", "{base}", "{tmp}/out", "-n", "four"], "Invalid value for '--num-streams'"),
+        (["convert", "{base}", "{tmp}/out", "--variant", "x"], "variant must be one of kromhc"),
+        (["convert", "{base}", "{tmp}/out", "--init", "x"], "init must be one of identity, paper; got 'x'."),
+        (["convert", "{base}", "{base}"], "is not empty. Choose another destination"),
+        (["convert", "{tmp}/nothing", "{tmp}/out"], "source must be an existing folder or a Hub id"),
+        (["verify", "{base}", "{base}"], "must have hyper-connections; got model_type 'llama'"),
+        (["verify", "{base}", "{tmp}/nothing"], "nothing"),
+        (["verify", "{base}", "{base}", "--dtype", "int8"], "dtype must be auto, float32, bfloat16 or float16"),
+        (["verify", "{base}", "{base}", "--text", "{tmp}/no.txt"], "No such file"),
+        (["translate"], "No such command 'translate'"),
+    ],
+    ids=lambda value: value[0] + "-" + value[-1].replace("{tmp}/", "") if isinstance(value, list) else "",
+)
+def test_bad_input_exits_with_2(kromhc, base, tmp_path, arguments, message):
+    code, out, err = kromhc(*(argument.format(base=base, tmp=tmp_path) for argument in arguments))
+    assert code == 2
+    assert out == ""
+    assert message in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_demo(kromhc, tmp_path):
+    code, out, _ = kromhc("demo", "--output", tmp_path / "demo", "--steps", 3)
+    assert code == 0
+    assert "bitwise equal" in out
+    picture = tmp_path / "demo/mixing.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in out
+    losses = [
+        float(word.rstrip(","))
+        for word in out.replace("\n", " ").split()
+        if word.rstrip(",").count(".") == 1 and word.rstrip(",").replace(".", "").isdigit()
+    ]
+    before, after, reloaded = losses[-3:]
+    assert after < before
+    assert after == reloaded
+    code, _, err = kromhc("demo", "--output", tmp_path / "demo")
+    assert code == 2
+    assert "demo is not empty. Remove it first." in err
+
+
+def test_installed_command():
+    result = subprocess.run([sys.executable, "-m", "kromhc_hf.cli", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("convert", "verify", "demo"))
