@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from .architectures import LayerSpec, Sublayer, attribute
 from .configuration import KromHCConfig
 from .hyper_connection import HyperConnection, expand, readout
+from .stream_ends import LEARNED_READOUTS, StreamExpansion, StreamReadout
+
+
+# Beside the hyper-connections, where the streams begin and end in a learned way: on the first and on the last layer.
+END_NAMES = ("expand_hc", "readout_hc")
 
 
 class HyperConnectedLayer(nn.Module):
@@ -27,11 +32,13 @@ class HyperConnectedLayer(nn.Module):
 
     hc_config: Any
     hc_layer_index: int
+    expand_hc: StreamExpansion | None
+    readout_hc: StreamReadout | None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Some models pass cache and mask by position, in the order of the original signature.
         kwargs.update(zip(self.positional_names, args))
-        streams = hidden_states if hidden_states.dim() == 4 else expand(hidden_states, self.hc_config.hc_num_streams)
+        streams = hidden_states if hidden_states.dim() == 4 else self.make_streams(hidden_states)
         attention_weights = None
         for name, sublayers in zip(self.spec.names, self.spec.steps):
             branch_input, write = getattr(self, name)(streams)
@@ -43,8 +50,26 @@ class HyperConnectedLayer(nn.Module):
             streams = write(branch_output)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
         if self.hc_layer_index == self.hc_config.num_hidden_layers - 1:
-            streams = readout(streams, self.hc_config.hc_readout)
+            streams = self.read_out(streams)
         return streams if self.spec.returns == "tensor" else (streams, attention_weights)
+
+    def make_streams(self, hidden_states: Tensor) -> Tensor:
+        """`[B, S, C]` -> `[B, S, n, C]`."""
+        if self.expand_hc is not None:
+            return self.expand_hc(hidden_states)
+        return expand(hidden_states, self.hc_config.hc_num_streams)
+
+    def read_out(self, streams: Tensor) -> Tensor:
+        """`[B, S, n, C]` -> `[B, S, C]`."""
+        if self.readout_hc is not None:
+            return self.readout_hc(streams)
+        kind = self.hc_config.hc_readout
+        if kind in LEARNED_READOUTS:
+            raise ValueError(
+                f"readout {kind!r} must be used with all {self.hc_config.num_hidden_layers} layers, since its weights "
+                f"belong to the last one; got an early exit after layer {self.hc_layer_index}. Use readout='mean'."
+            )
+        return readout(streams, kind)
 
     def run_sublayer(self, sublayer: Sublayer, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
         """The branch output of one sublayer, and what else it returned (attention weights or router logits)."""
@@ -113,14 +138,20 @@ def connect_layer(layer: nn.Module, spec: LayerSpec, config: KromHCConfig | Any,
             residual_logit=config.hc_residual_logit,
             dynamic=config.hc_dynamic,
             eps=config.hc_eps,
+            sinkhorn_iterations=config.hc_sinkhorn_iterations,
             device=device,
         )
         layer.add_module(name, hyper_connection.train(layer.training))
+    sizes = (config.hidden_size, config.hc_num_streams)
+    is_first, is_last = position == 0, position == config.num_hidden_layers - 1
+    wants_embedding, learned = config.hc_stream_embedding and is_first, LEARNED_READOUTS.get(config.hc_readout)
+    layer.register_module("expand_hc", StreamExpansion(*sizes, device=device) if wants_embedding else None)
+    layer.register_module("readout_hc", learned(*sizes, config.hc_eps, device=device) if learned and is_last else None)
 
 
 def disconnect_layer(layer: HyperConnectedLayer) -> None:
     """The inverse of `connect_layer`."""
-    for name in layer.spec.names:
+    for name in (*layer.spec.names, *END_NAMES):
         delattr(layer, name)
     del layer.hc_config, layer.hc_layer_index
     layer.__class__ = layer.layer_class

@@ -157,7 +157,7 @@ class HyperConnection(Float32Module):
         if self.bias is not None:
             bias = self.mixing.initial_bias(self.init, self.branch_index, self.residual_logit)
             init.copy_(self.bias, bias.to(self.bias.device))
-        if self.weight is not None:
+        if self.weight is not None and self.alpha is not None:
             init.zeros_(self.weight)
             # A zero alpha next to a zero weight would never train.
             init.constant_(self.alpha, INITIAL_ALPHA)

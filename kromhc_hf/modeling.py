@@ -17,8 +17,8 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import LayerSpec, attribute, check_layer, layer_spec
 from .configuration import PREFIX, KromHCConfig, config_class
-from .decoder_layer import HyperConnectedLayer, connect_layer
-from .hyper_connection import HyperConnection, readout
+from .decoder_layer import END_NAMES, HyperConnectedLayer, connect_layer
+from .hyper_connection import Float32Module
 
 
 class HyperConnectedModel:
@@ -69,7 +69,7 @@ class HyperConnectedModel:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HyperConnection):
+        if isinstance(module, Float32Module):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
@@ -169,7 +169,11 @@ def connect(model: Any, plan: ConnectionPlan) -> None:
         # Keyed by class: without it, recorded outputs silently vanish after the swap.
         _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
         owner._no_split_modules = {*(owner._no_split_modules or ()), *layer_names}
-        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.spec.names}
+        owner._keep_in_fp32_modules_strict = {
+            *(owner._keep_in_fp32_modules_strict or ()),
+            *plan.spec.names,
+            *END_NAMES,
+        }
 
 
 def model_class(backbone_class: type[PreTrainedModel]) -> type[Any]:
@@ -192,9 +196,9 @@ def _model_class(backbone_class: type[PreTrainedModel], config_type: type[KromHC
         return_dict = kwargs.pop("return_dict", None)
         outputs = backbone_forward(self, *args, return_dict=True, **kwargs)
         if getattr(outputs, "hidden_states", None) is not None:
+            last_layer = plan_connections(self).layers[-1]
             outputs["hidden_states"] = tuple(
-                readout(h, self.config.hc_readout) if h is not None and h.dim() == 4 else h
-                for h in outputs.hidden_states
+                last_layer.read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
             )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()

@@ -6,7 +6,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration import KromHCConfig
-from .decoder_layer import HyperConnectedLayer, disconnect_layer
+from .decoder_layer import END_NAMES, HyperConnectedLayer, disconnect_layer
 from .modeling import HyperConnectedModel, connect, plan_connections
 
 
@@ -20,6 +20,8 @@ def apply_hyper_connections(
     dynamic: bool = True,
     residual_logit: float = 4.0,
     eps: float = 1e-6,
+    sinkhorn_iterations: int = 20,
+    stream_embedding: bool = False,
 ) -> Any:
     """Gives a loaded transformers model n residual streams, in place; with init "identity" its output stays the same.
 
@@ -53,6 +55,8 @@ def apply_hyper_connections(
         hc_dynamic=dynamic,
         hc_residual_logit=residual_logit,
         hc_eps=eps,
+        hc_sinkhorn_iterations=sinkhorn_iterations,
+        hc_stream_embedding=stream_embedding,
     )
     _replace_config(model, config)
     connect(model, plan)
@@ -87,7 +91,7 @@ def remove_hyper_connections(model: Any) -> Any:
         owner.__class__ = owner.backbone_class
         _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
         owner._no_split_modules = set(owner._no_split_modules) - layer_names
-        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - set(plan.spec.names)
+        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - {*plan.spec.names, *END_NAMES}
     return model
 
 
