@@ -26,6 +26,8 @@ FIELDS: dict[str, tuple[type, Any]] = {
     "hc_dynamic": (bool, True),
     "hc_residual_logit": (float, 4.0),
     "hc_eps": (float, 1e-6),
+    "hc_sinkhorn_iterations": (int, 20),
+    "hc_stream_embedding": (bool, False),
 }
 
 
@@ -40,10 +42,13 @@ class KromHCConfig:
         hc_num_streams: number n of residual streams.
         hc_variant: parametrisation of the mixing matrix, see `kromhc_hf.mixing.VARIANTS`.
         hc_init: "identity" (a pretrained model keeps its function) or "paper" (training from scratch).
-        hc_readout: how the streams are joined before the final norm, "mean" or "sum".
+        hc_readout: how the streams are joined before the final norm: "mean" or "sum", or with learned weights
+            "softmax" (per stream), "sigmoid" (predicted from all streams) or "attention" (one query).
         hc_dynamic: whether the mappings depend on the token.
         hc_residual_logit: how strongly mixing leans towards the identity at the identity init.
         hc_eps: added to the mean square in the norm of the hyper-connections.
+        hc_sinkhorn_iterations: iterations of variant "mhc".
+        hc_stream_embedding: whether each stream gets a learned embedding where the streams are made, zero at first.
 
     Raises:
         ValueError: for an unsupported family or a field value that is not allowed.
@@ -98,7 +103,7 @@ class KromHCConfig:
                 setattr(self, name, float(value))
             elif name != "hc_num_streams" and not isinstance(value, kind):
                 raise ValueError(f"{name} must be of type {kind.__name__}; got {value!r}. The default is {default!r}.")
-        make_mixing(self.hc_variant, self.hc_num_streams)  # type: ignore[attr-defined]
+        make_mixing(self.hc_variant, self.hc_num_streams, self.hc_sinkhorn_iterations)  # type: ignore[attr-defined]
         check_init(self.hc_init, self.hc_readout)  # type: ignore[attr-defined]
 
 

@@ -22,7 +22,7 @@ from .checkpoint import (
     write_json,
 )
 from .configuration import PREFIX, KromHCConfig
-from .hyper_connection import HyperConnection
+from .hyper_connection import Float32Module
 from .verification import ConversionReport, verify_conversion
 
 
@@ -105,15 +105,15 @@ def initial_hyper_connections(config: Any) -> tuple[str, dict[str, Tensor]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tensors = {}
-    for name, module in hyper_connections(model):
+    for name, module in _added_modules(model):
         module.to_empty(device="cpu").reset_parameters()
         tensors.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
     return type(model).__name__, tensors
 
 
-def hyper_connections(model: torch.nn.Module) -> Iterator[tuple[str, HyperConnection]]:
-    """The hyper-connections of a model with their names, in the order of the branches."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, HyperConnection))
+def _added_modules(model: torch.nn.Module) -> Iterator[tuple[str, Float32Module]]:
+    """What the conversion adds to a model: hyper-connections, and learned ends of the streams where there are any."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Float32Module))
 
 
 def _converted_config(folder: Path, **options: Any) -> Any:

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 
 from .hyper_connection import HyperConnection, expand, readout
 from .spec import LayerSpec, Step, Sublayer, attribute, forward_parameters
+from .stream_ends import LEARNED_READOUTS, StreamExpansion, StreamReadout
+
+
+# Beside the hyper-connections, where the streams begin and end in a learned way: on the first and on the last layer.
+END_NAMES = ("expand_hc", "readout_hc")
 
 
 class Arguments(NamedTuple):
@@ -39,6 +44,8 @@ class HyperConnectedLayer(nn.Module):
 
     hc_config: Any
     hc_layer_index: int
+    expand_hc: StreamExpansion | None
+    readout_hc: StreamReadout | None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Some models pass cache and mask by position, in the order of the original signature.
@@ -47,7 +54,7 @@ class HyperConnectedLayer(nn.Module):
         if streams.dim() == 3:
             if self.spec.wide is not None and attribute(self, self.spec.wide):
                 streams = streams.float()
-            streams = expand(streams, self.hc_config.hc_num_streams)
+            streams = self.make_streams(streams)
         attention_output: tuple[Any, ...] = ()
         for step in self.spec.steps:
             branch_input, write = getattr(self, step.name)(streams)
@@ -58,10 +65,28 @@ class HyperConnectedLayer(nn.Module):
             streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
         if self.hc_layer_index == self.hc_config.num_hidden_layers - 1:
-            streams = readout(streams, self.hc_config.hc_readout)
+            streams = self.read_out(streams)
         if self.spec.extras is None:
             return streams
         return streams, *(attention_output[i] if i < len(attention_output) else None for i in self.spec.extras)
+
+    def make_streams(self, hidden_states: Tensor) -> Tensor:
+        """`[B, S, C]` -> `[B, S, n, C]`."""
+        if self.expand_hc is not None:
+            return self.expand_hc(hidden_states)
+        return expand(hidden_states, self.hc_config.hc_num_streams)
+
+    def read_out(self, streams: Tensor) -> Tensor:
+        """`[B, S, n, C]` -> `[B, S, C]`."""
+        if self.readout_hc is not None:
+            return self.readout_hc(streams)
+        kind = self.hc_config.hc_readout
+        if kind in LEARNED_READOUTS:
+            raise ValueError(
+                f"readout {kind!r} must be used with all {self.hc_config.num_hidden_layers} layers, since its weights "
+                f"belong to the last one; got an early exit after layer {self.hc_layer_index}. Use readout='mean'."
+            )
+        return readout(streams, kind)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Generated classes have no importable name: what they are generated from is pickled instead.
@@ -179,14 +204,20 @@ def connect_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> No
             residual_logit=config.hc_residual_logit,
             dynamic=config.hc_dynamic,
             eps=config.hc_eps,
+            sinkhorn_iterations=config.hc_sinkhorn_iterations,
             device=device,
         )
         layer.add_module(name, hyper_connection.train(layer.training))
+    sizes = (config.hidden_size, config.hc_num_streams)
+    is_first, is_last = position == 0, position == config.num_hidden_layers - 1
+    wants_embedding, learned = config.hc_stream_embedding and is_first, LEARNED_READOUTS.get(config.hc_readout)
+    layer.register_module("expand_hc", StreamExpansion(*sizes, device=device) if wants_embedding else None)
+    layer.register_module("readout_hc", learned(*sizes, config.hc_eps, device=device) if learned and is_last else None)
 
 
 def disconnect_layer(layer: Any) -> None:
     """The inverse of `connect_layer`."""
-    for name in layer.spec.names:
+    for name in (*layer.spec.names, *END_NAMES):
         delattr(layer, name)
     del layer.hc_config, layer.hc_layer_index
     layer.__class__ = layer.layer_class

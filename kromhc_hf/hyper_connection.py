@@ -4,17 +4,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from .mixing import make_mixing
+from .mixing_base import SINKHORN_ITERATIONS, snapped_sum
 
 
 INITS = ("identity", "paper")
-READOUTS = ("mean", "sum")
+READOUTS = ("mean", "sum", "softmax", "sigmoid", "attention")
 
-PAPER_RESIDUAL_LOGIT = 8.0
 INITIAL_ALPHA = 0.01
 
 
@@ -47,15 +46,11 @@ def read(streams: Tensor, h_pre: Tensor) -> Tensor:
     """`sum_j h_pre[j] streams[j]`: `[B, S, n, C]` and `[B, S, n]` -> `[B, S, C]`.
 
     Written as `total * first + sum_j h_pre[j] (streams[j] - first)`: where the streams are equal and the weights sum
-    to 1, the result is bitwise that stream. Weights that miss 1 by rounding alone, at most 4 eps, are taken to sum to
-    1, since sigmoids differ in their last bit between devices; gradients do not notice.
+    to 1, up to 4 eps of rounding, the result is bitwise that stream.
     """
     first = streams[..., :1, :]
-    total = h_pre.sum(-1, keepdim=True)
-    gap = (1 - total).detach()
-    total = total + gap.masked_fill(gap.abs() > 4 * torch.finfo(gap.dtype).eps, 0)
     rest = h_pre[..., 1:].unsqueeze(-1) * (streams[..., 1:, :] - first)
-    return total * first.squeeze(-2) + rest.sum(-2)
+    return snapped_sum(h_pre) * first.squeeze(-2) + rest.sum(-2)
 
 
 def check_init(name: str, readout_kind: str = "mean") -> None:
@@ -75,8 +70,26 @@ def check_init(name: str, readout_kind: str = "mean") -> None:
         )
 
 
-class HyperConnection(nn.Module):
-    r"""Hyper-connection around one residual branch `F`, with a manifold-constrained `h_res` (arXiv 2601.21579, eq. 5-9).
+class Float32Module(nn.Module):
+    """A module of the hyper-connections: its parameters stay fp32 (or wider) whatever `.to(dtype)` asks for.
+
+    Mappings computed from 16-bit parameters miss double stochasticity by 1e-2 of mass per layer.
+    """
+
+    def reset_parameters(self) -> None:
+        """Puts the parameters to their initial values, except those that a checkpoint has already filled."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Module":
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device, torch.float32)
+
+        return super()._apply(keep_wide, recurse)
+
+
+class HyperConnection(Float32Module):
+    r"""Hyper-connection around one residual branch `F`, with a constrained `h_res` (arXiv 2601.21579, eq. 5-9).
 
         streams [B, S, n, C] --+-- h_pre ---> branch_input [B, S, C] --> F --> branch_output [B, S, C]
                                |                                                        | h_post
@@ -101,6 +114,7 @@ class HyperConnection(nn.Module):
             fixes it at 8.
         dynamic: whether the mappings depend on the streams; without, `weight` and `alpha` are None.
         eps: added to the mean square inside the RMS norm.
+        sinkhorn_iterations: how often variant "mhc" normalises rows and columns.
 
     Raises:
         ValueError: for an unknown variant or init, or a number of streams that the variant does not allow.
@@ -117,11 +131,12 @@ class HyperConnection(nn.Module):
         residual_logit: float = 4.0,
         dynamic: bool = True,
         eps: float = 1e-6,
+        sinkhorn_iterations: int = SINKHORN_ITERATIONS,
         device: torch.device | str | None = None,
     ):
         super().__init__()
         check_init(init)
-        self.mixing = make_mixing(variant, num_streams)
+        self.mixing = make_mixing(variant, num_streams, sinkhorn_iterations)
         self.hidden_size, self.num_streams, self.variant = hidden_size, num_streams, variant
         self.branch_index, self.init, self.residual_logit = branch_index, init, residual_logit
         self.dynamic, self.eps = dynamic, eps
@@ -133,30 +148,16 @@ class HyperConnection(nn.Module):
             return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)) if wanted else None
 
         self.bias = parameter(sum(self.sizes))
-        self.weight = parameter(sum(self.sizes), num_streams * hidden_size, wanted=dynamic)
+        self.weight = parameter(*self.mixing.weight_shape(hidden_size), wanted=dynamic)
         self.alpha = parameter(3, wanted=dynamic)
         self.reset_parameters()
 
-    def initial_bias(self) -> Tensor:
-        """The static part of the mappings at initialisation, `[2n + num_logits]`."""
-        n = self.num_streams
-        favoured = torch.arange(n) == self.branch_index % n
-        if self.init == "paper":
-            pre = post = torch.where(favoured, 1.0, -1.0)
-            residual_logit = PAPER_RESIDUAL_LOGIT
-        else:
-            # The weights sum to 1 and differ between streams: equal ones would receive equal gradients for ever.
-            weight = torch.where(favoured, (n + 1) / (2 * n), 1 / (2 * n))
-            pre, post = torch.logit(weight.double()).float(), torch.zeros(n)
-            residual_logit = self.residual_logit
-        return torch.cat([pre, post, self.mixing.initial_logits(residual_logit)])
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Puts the parameters to their initial values, except those that a checkpoint has already filled."""
         if self.bias is not None:
-            init.copy_(self.bias, self.initial_bias().to(self.bias.device))
-        if self.weight is not None:
+            bias = self.mixing.initial_bias(self.init, self.branch_index, self.residual_logit)
+            init.copy_(self.bias, bias.to(self.bias.device))
+        if self.weight is not None and self.alpha is not None:
             init.zeros_(self.weight)
             # A zero alpha next to a zero weight would never train.
             init.constant_(self.alpha, INITIAL_ALPHA)
@@ -188,7 +189,9 @@ class HyperConnection(nn.Module):
         """The mappings for the streams `[B, S, n, C]`, in at least fp32; for inspection."""
         leading = streams.shape[:-2]
         if self.num_streams == 1:
-            one = torch.ones(*leading, 1, dtype=torch.promote_types(streams.dtype, torch.float32), device=streams.device)
+            one = torch.ones(
+                *leading, 1, dtype=torch.promote_types(streams.dtype, torch.float32), device=streams.device
+            )
             return Mappings(one, one, one.unsqueeze(-1))
         with torch.autocast(streams.device.type, enabled=False):
             h_pre, h_post, logits = self._coefficients(streams)
@@ -202,22 +205,12 @@ class HyperConnection(nn.Module):
         dtype = torch.promote_types(torch.promote_types(self.bias.dtype, streams.dtype), torch.float32)
         pre, post, residual = self.bias.to(dtype).split(self.sizes)
         if self.weight is not None and self.alpha is not None:
-            features = streams.to(dtype).flatten(-2)
-            # The norm is one number per token, so it can follow the thin product instead of touching all features.
-            scale = torch.rsqrt(features.square().mean(-1, keepdim=True) + self.eps)
-            dynamic = F.linear(features, self.weight.to(dtype)) * scale
+            dynamic = self.mixing.predict(streams.to(dtype), self.weight.to(dtype), self.eps)
             alpha = self.alpha.to(dtype)
             pre, post, residual = (
                 bias + a * d for bias, a, d in zip((pre, post, residual), alpha.unbind(), dynamic.split(self.sizes, -1))
             )
-        return torch.sigmoid(pre), 2 * torch.sigmoid(post), residual
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HyperConnection":
-        def keep_wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device, torch.float32)
-
-        return super()._apply(keep_wide, recurse)
+        return *self.mixing.gates(pre, post), residual
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.dynamic else "static"

@@ -10,6 +10,9 @@ from math import factorial
 import torch
 from torch import Tensor
 
+from .mixing_base import SINKHORN_ITERATIONS, Mixing
+from .peer_mixings import HCMixing, MHCLiteMixing, MHCMixing, TBPMixing
+
 
 LARGEST_FACTOR = 5
 
@@ -23,22 +26,6 @@ def prime_factors(number: int) -> tuple[int, ...]:
             number //= divisor
         divisor += 1
     return tuple(factors)
-
-
-def check_num_streams(num_streams: object) -> int:
-    """Returns `num_streams` if it is a whole number of at least 1.
-
-    Raises:
-        ValueError: with the rule, the value and the way out.
-    """
-    if isinstance(num_streams, bool) or not isinstance(num_streams, int):
-        raise ValueError(
-            f"num_streams must be an int; got {num_streams!r} of type {type(num_streams).__name__}. "
-            "Use for example num_streams=4."
-        )
-    if num_streams < 1:
-        raise ValueError(f"num_streams must be at least 1; got {num_streams}. Use for example num_streams=4.")
-    return num_streams
 
 
 def doubly_stochastic_error(matrix: Tensor) -> float:
@@ -60,42 +47,13 @@ def doubly_stochastic_error(matrix: Tensor) -> float:
     return max(rows.item(), columns.item(), -exact.min().item(), 0.0)
 
 
-class Mixing:
-    """What a variant has to say: how many logits it takes, where they start, and how they mix the streams.
-
-    Args:
-        num_streams: n, the number of streams.
-
-    Raises:
-        ValueError: if the variant is not defined for this number of streams.
-    """
-
-    num_logits: int
-
-    def __init__(self, num_streams: int):
-        self.num_streams = check_num_streams(num_streams)
-
-    def initial_logits(self, residual_logit: float) -> Tensor:
-        """Logits `[num_logits]` that lean towards the identity; the larger `residual_logit`, the closer to it."""
-        raise NotImplementedError
-
-    def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
-        """`mixed[i] = sum_j h_res[i, j] streams[j]`: `[..., n, C]` and `[..., num_logits]` -> `[..., n, C]`."""
-        raise NotImplementedError
-
-    def matrix(self, logits: Tensor) -> Tensor:
-        """`h_res` itself, `[..., num_logits]` -> `[..., n, n]`: what mixing does to the unit vectors."""
-        identity = torch.eye(self.num_streams, dtype=logits.dtype, device=logits.device)
-        return self.mix(identity.expand(*logits.shape[:-1], -1, -1), logits)
-
-
 class IdentityMixing(Mixing):
     """H_res = I: the streams keep to themselves, only reading and writing is learned."""
 
     num_logits = 0
 
     def initial_logits(self, residual_logit: float) -> Tensor:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32)
 
     def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
         return streams
@@ -112,8 +70,8 @@ class KromHCMixing(Mixing):
         ValueError: if n has a prime factor above 5, whose i! permutations would be too many to learn.
     """
 
-    def __init__(self, num_streams: int):
-        super().__init__(num_streams)
+    def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
+        super().__init__(num_streams, sinkhorn_iterations)
         self.factors = prime_factors(num_streams)
         if self.factors and self.factors[-1] > LARGEST_FACTOR:
             largest = self.factors[-1]
@@ -133,7 +91,7 @@ class KromHCMixing(Mixing):
         )
 
     def initial_logits(self, residual_logit: float) -> Tensor:
-        return torch.full((self.num_logits,), -residual_logit)
+        return torch.full((self.num_logits,), -residual_logit, dtype=torch.float32)
 
     def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
         if not self.factors:
@@ -166,10 +124,17 @@ class KromHCMixing(Mixing):
         return super().matrix(logits).clamp_min(0)
 
 
-VARIANTS: dict[str, type[Mixing]] = {"kromhc": KromHCMixing, "identity": IdentityMixing}
+VARIANTS: dict[str, type[Mixing]] = {
+    "kromhc": KromHCMixing,
+    "identity": IdentityMixing,
+    "mhc": MHCMixing,
+    "mhc_lite": MHCLiteMixing,
+    "tbp": TBPMixing,
+    "hc": HCMixing,
+}
 
 
-def make_mixing(variant: str, num_streams: int) -> Mixing:
+def make_mixing(variant: str, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS) -> Mixing:
     """The mixing of a variant by name.
 
     Raises:
@@ -177,4 +142,4 @@ def make_mixing(variant: str, num_streams: int) -> Mixing:
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}.")
-    return VARIANTS[variant](num_streams)
+    return VARIANTS[variant](num_streams, sinkhorn_iterations)

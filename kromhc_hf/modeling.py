@@ -23,9 +23,9 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import fit_layer, layer_specs
 from .configuration import PREFIX, KromHCConfig, config_class
-from .decoder_layer import HyperConnectedLayer, connect_layer
+from .decoder_layer import END_NAMES, HyperConnectedLayer, connect_layer
 from .families import SUPPORTED
-from .hyper_connection import HyperConnection, readout
+from .hyper_connection import Float32Module
 from .spec import LayerSpec, attribute
 
 
@@ -82,7 +82,7 @@ class HyperConnectedModel:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HyperConnection):
+        if isinstance(module, Float32Module):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
@@ -158,7 +158,7 @@ class ConnectionPlan:
 
     def __init__(self, owners: list[Any], layers: nn.ModuleList, candidates: tuple[LayerSpec, ...]):
         self.owners, self.layers, self.candidates = owners, layers, candidates
-        self.names = {name for spec in candidates for name in spec.names}
+        self.names = {*END_NAMES, *(name for spec in candidates for name in spec.names)}
 
     def check(self) -> list[LayerSpec]:
         """The specification of every layer; raises ValueError if one is not what the table of families says."""
@@ -228,9 +228,9 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
         return_dict = kwargs.pop("return_dict", None)
         outputs = backbone_forward(self, *args, return_dict=True, **kwargs)
         if getattr(outputs, "hidden_states", None) is not None:
+            last_layer = plan_connections(self).layers[-1]
             outputs["hidden_states"] = tuple(
-                readout(h, self.config.hc_readout) if h is not None and h.dim() == 4 else h
-                for h in outputs.hidden_states
+                last_layer.read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
             )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()

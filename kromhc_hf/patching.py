@@ -20,6 +20,8 @@ def apply_hyper_connections(
     dynamic: bool = True,
     residual_logit: float = 4.0,
     eps: float = 1e-6,
+    sinkhorn_iterations: int = 20,
+    stream_embedding: bool = False,
 ) -> Any:
     """Gives a loaded transformers model n residual streams, in place; with init "identity" its output stays the same.
 
@@ -53,6 +55,8 @@ def apply_hyper_connections(
         hc_dynamic=dynamic,
         hc_residual_logit=residual_logit,
         hc_eps=eps,
+        hc_sinkhorn_iterations=sinkhorn_iterations,
+        hc_stream_embedding=stream_embedding,
     )
     _replace_config(model, config)
     connect(model, plan)

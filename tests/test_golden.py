@@ -8,6 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kromhc_hf import HyperConnection, import_reference_state_dict
+from kromhc_hf.mixing import make_mixing
 
 
 # Outputs of order 1, float64, sums over at most 64 features: rounding stays below 1e-13.
@@ -27,7 +28,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["kromhc_n2", "kromhc_n4"])
+@pytest.mark.parametrize("name", ["kromhc_n2", "kromhc_n4", "mhc_n4", "mhc_lite_n3", "hc_n4"])
 def test_imported_module_agrees_with_the_authors(shared: Path, name: str) -> None:
     golden, state, metadata = load_golden(shared / "golden" / f"{name}.safetensors")
     module = import_reference_state_dict(state, variant=metadata["variant"])
@@ -47,6 +48,16 @@ def test_imported_module_agrees_with_the_authors(shared: Path, name: str) -> Non
     assert_close(h_res @ streams, golden["mixed"])
     assert_close(torch.einsum("bsn,bsnc->bsc", h_pre, streams), golden["branch_input"])
     assert_close(streams.grad, golden["grad.streams"])
+
+
+def test_tbp_chart_and_its_gradient(shared: Path) -> None:
+    golden, _, _ = load_golden(shared / "golden" / "tbp_chart.safetensors")
+    for n in (3, 4):
+        t = golden[f"n{n}.t"].requires_grad_()
+        h_res = make_mixing("tbp", n).matrix(t.flatten(1))
+        (h_res * golden[f"n{n}.cotangent"]).sum().backward()
+        assert_close(h_res, golden[f"n{n}.h_res"])
+        assert_close(t.grad, golden[f"n{n}.grad.t"])
 
 
 def test_import_refuses_other_tensors(shared: Path) -> None:

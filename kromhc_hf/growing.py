@@ -1,0 +1,177 @@
+"""More streams for a trained KromHC model: a Kronecker factor is added to every mixing matrix."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .hyper_connection import HyperConnection
+from .mixing import KromHCMixing, make_mixing, prime_factors
+from .modeling import plan_connections
+from .patching import has_hyper_connections
+from .stream_ends import SigmoidReadout, SoftmaxReadout, StreamExpansion, StreamReadout
+
+
+class Growth(NamedTuple):
+    """What growing did to a model."""
+
+    num_streams_before: int
+    num_streams: int
+    # Largest absolute difference of the model's first output (the logits) on random tokens.
+    max_difference: float
+
+
+class Digit(NamedTuple):
+    """Where a new factor of size `size` goes among the factors of n, and what that makes of each new stream."""
+
+    size: int
+    position: int
+    stream: Tensor  # [n * size], the old stream that a new one is a copy of
+    copy: Tensor  # [n * size], which copy it is
+
+
+@torch.no_grad()
+def grow_streams(model: Any, factor: int = 2) -> Growth:
+    """Multiplies the number of streams of a KromHC model by `factor`, in place, and measures what that changed.
+
+    Every stream is copied, `h_res` gets a factor that is close to the identity, and the weight with which a stream was
+    read is split unevenly between its copies, so that they can separate. All of this keeps the function in exact
+    arithmetic, except that a split share of `sigmoid(z)` is no sigmoid of a linear function of `z`: it is exact for
+    static mappings, and for the static part of dynamic ones; the error is of second order in the dynamic part.
+
+    The hyper-connections are new modules: make a new optimizer afterwards.
+
+    Args:
+        model: a model with hyper-connections of variant "kromhc".
+        factor: by how much to multiply the number of streams.
+
+    Raises:
+        ValueError: if the model cannot be grown; it is then unchanged.
+    """
+    if not has_hyper_connections(model):
+        raise ValueError(
+            f"model must have hyper-connections to grow; got {type(model).__name__} without them. "
+            "Use apply_hyper_connections(model, num_streams=...)."
+        )
+    config = model.config
+    before = config.hc_num_streams
+    if config.hc_variant != "kromhc" or before == 1:
+        raise ValueError(
+            "only models of variant 'kromhc' with at least 2 streams can be grown, since it adds a Kronecker factor; "
+            f"got variant {config.hc_variant!r} with {before} streams. Give the base model more streams instead."
+        )
+    if config.hc_readout == "sum":
+        raise ValueError(
+            f"readout 'sum' would multiply the final hidden state by {factor}; got a model with this readout. "
+            "Only models with a readout whose weights sum to 1 can be grown."
+        )
+    if isinstance(factor, bool) or not isinstance(factor, int) or factor < 2:
+        raise ValueError(f"factor must be an int of at least 2; got {factor!r}. Use factor=2 to double the streams.")
+    make_mixing(config.hc_variant, before * factor)
+
+    was_training = model.training
+    model.eval()
+    expected = _probe(model)
+    for size in prime_factors(factor):
+        digit = _new_digit(config.hc_num_streams, size)
+        for layer in plan_connections(model).layers:
+            _grow_layer(layer, digit)
+        config.hc_num_streams *= size
+    difference = (_probe(model) - expected).abs().max().item()
+    model.train(was_training)
+    return Growth(before, config.hc_num_streams, difference)
+
+
+def _probe(model: Any) -> Tensor:
+    """The first output on fixed random tokens, in float32."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    return model(input_ids=ids.to(model.device), return_dict=True, use_cache=False)[0].float()
+
+
+def _new_digit(num_streams: int, size: int) -> Digit:
+    factors = prime_factors(num_streams)
+    position = sum(present < size for present in factors)  # the factors stay in ascending order
+    streams = torch.arange(num_streams).reshape(factors).unsqueeze(position)
+    copies = torch.arange(size).reshape(-1, *(1,) * (len(factors) - position))
+    shape = (*factors[:position], size, *factors[position:])
+    return Digit(size, position, streams.expand(shape).flatten(), copies.expand(shape).flatten())
+
+
+def _grow_layer(layer: Any, digit: Digit) -> None:
+    for name in layer.spec.names:
+        setattr(layer, name, _grow_hyper_connection(getattr(layer, name), digit))
+    if layer.expand_hc is not None:
+        expansion = StreamExpansion(layer.hc_config.hidden_size, digit.stream.numel())
+        layer.expand_hc = _filled(expansion, layer.expand_hc, {"weight": layer.expand_hc.weight[digit.stream]})
+    if layer.readout_hc is not None:
+        layer.readout_hc = _grow_readout(layer.readout_hc, digit, layer.hc_config.hidden_size)
+
+
+def _grow_hyper_connection(old: HyperConnection, digit: Digit) -> HyperConnection:
+    new = HyperConnection(
+        old.hidden_size,
+        digit.stream.numel(),
+        variant=old.variant,
+        branch_index=old.branch_index,
+        init=old.init,
+        residual_logit=old.residual_logit,
+        dynamic=old.dynamic,
+        eps=old.eps,
+    )
+    assert isinstance(old.mixing, KromHCMixing)
+    assert isinstance(new.mixing, KromHCMixing)
+    assert old.bias is not None
+    assert new.bias is not None
+    # Over all branches each copy is preferred equally often; within one branch the copies must differ.
+    preferred = digit.copy == old.branch_index // old.num_streams % digit.size
+    share = torch.where(preferred, (digit.size + 1) / (2 * digit.size), 1 / (2 * digit.size))
+    pre, post, residual = old.bias.split(old.sizes)
+    pre, slope = _split_sigmoid(pre[digit.stream], share.to(pre))
+    logits = list(residual.split(old.mixing.logits_per_factor))
+    first_logit = sum(new.mixing.logits_per_factor[: digit.position])
+    added = new.mixing.logits_per_factor[digit.position]
+    logits.insert(digit.position, new.bias[2 * new.num_streams + first_logit :][:added].to(pre))
+    values = {"bias": torch.cat([pre, post[digit.stream], *logits])}
+    if old.weight is not None and old.alpha is not None:
+        pre, post, residual = _grow_columns(old.weight, digit).split(old.sizes)
+        rows = list(residual.split(old.mixing.logits_per_factor))
+        rows.insert(digit.position, residual.new_zeros(added, residual.shape[1]))
+        values["weight"] = torch.cat([pre[digit.stream] * slope[:, None], post[digit.stream], *rows])
+        values["alpha"] = old.alpha
+    return _filled(new, old, values)
+
+
+def _grow_readout(old: StreamReadout, digit: Digit, hidden_size: int) -> StreamReadout:
+    new = type(old)(hidden_size, digit.stream.numel(), old.eps)
+    values: dict[str, Tensor] = dict(old.named_parameters())
+    if isinstance(old, SoftmaxReadout):
+        values["bias"] = old.bias[digit.stream]
+    elif isinstance(old, SigmoidReadout):
+        share = old.bias.new_full((digit.stream.numel(),), 1 / digit.size)
+        values["bias"], slope = _split_sigmoid(old.bias[digit.stream], share)
+        values["weight"] = _grow_columns(old.weight, digit)[digit.stream] * slope[:, None]
+    return _filled(new, old, values)
+
+
+def _split_sigmoid(logit: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The logit z' with `sigmoid(z') = share * sigmoid(logit)`, and the derivative of z' by the logit."""
+    wide, rest = logit.double(), 1 - share.double()
+    odds = rest * wide.exp()
+    return (wide + share.double().log() - odds.log1p()).to(logit), (1 / (1 + odds)).to(logit)
+
+
+def _grow_columns(weight: Tensor, digit: Digit) -> Tensor:
+    """`[rows, n * C]` -> `[rows, n * size * C]`: the copies of a feature share its weight."""
+    streams = weight.unflatten(1, (digit.stream.numel() // digit.size, -1))
+    return (streams[:, digit.stream] / digit.size).flatten(1)
+
+
+def _filled(new: Any, old: Any, values: dict[str, Tensor]) -> Any:
+    """The new module with these values, and device, dtype and mode of the old one."""
+    parameter = next(old.parameters())
+    new.to(parameter.device, parameter.dtype).train(old.training)
+    new.load_state_dict(values)
+    for name, value in old.named_parameters():
+        new.get_parameter(name).requires_grad_(value.requires_grad)
+    return new

@@ -1,0 +1,133 @@
+"""What a variant of hyper-connections has to say: the interface that every parametrisation of H_res implements."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+PAPER_RESIDUAL_LOGIT = 8.0
+SINKHORN_ITERATIONS = 20
+
+
+def check_num_streams(num_streams: object) -> int:
+    """Returns `num_streams` if it is a whole number of at least 1.
+
+    Raises:
+        ValueError: with the rule, the value and the way out.
+    """
+    if isinstance(num_streams, bool) or not isinstance(num_streams, int):
+        raise ValueError(
+            f"num_streams must be an int; got {num_streams!r} of type {type(num_streams).__name__}. "
+            "Use for example num_streams=4."
+        )
+    if num_streams < 1:
+        raise ValueError(f"num_streams must be at least 1; got {num_streams}. Use for example num_streams=4.")
+    return num_streams
+
+
+def snapped_sum(weights: Tensor) -> Tensor:
+    """The sum over the last dimension, kept as 1; a sum that misses 1 by at most 4 eps is taken to be exactly 1.
+
+    Equal streams then pass through bitwise unchanged wherever the weights sum to 1 in exact arithmetic: sigmoids and
+    exponentials differ in their last bit between devices. Gradients do not notice.
+    """
+    total = weights.sum(-1, keepdim=True)
+    gap = (1 - total).detach()
+    return total + gap.masked_fill(gap.abs() > 4 * torch.finfo(gap.dtype).eps, 0)
+
+
+class Mixing:
+    """A variant: how many logits it takes, where they start, how they are predicted and how they mix the streams.
+
+    Most variants differ in `initial_logits` and `mix` alone. A mixing holds no parameters, the hyper-connection does.
+
+    Args:
+        num_streams: n, the number of streams.
+        sinkhorn_iterations: used by the variants that iterate, and accepted by all, so that one loop can compare them.
+
+    Raises:
+        ValueError: if the variant is not defined for this number of streams.
+    """
+
+    num_logits: int
+
+    def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
+        self.num_streams = check_num_streams(num_streams)
+        if isinstance(sinkhorn_iterations, bool) or not isinstance(sinkhorn_iterations, int) or sinkhorn_iterations < 1:
+            raise ValueError(
+                f"sinkhorn_iterations must be an int of at least 1; got {sinkhorn_iterations!r}. The default is "
+                f"{SINKHORN_ITERATIONS}."
+            )
+        self.sinkhorn_iterations = sinkhorn_iterations
+
+    def initial_logits(self, residual_logit: float) -> Tensor:
+        """Logits `[num_logits]` that lean towards the identity; the larger `residual_logit`, the closer to it."""
+        raise NotImplementedError
+
+    def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
+        """`mixed[i] = sum_j h_res[i, j] streams[j]`: `[..., n, C]` and `[..., num_logits]` -> `[..., n, C]`."""
+        raise NotImplementedError
+
+    def matrix(self, logits: Tensor) -> Tensor:
+        """`h_res` itself, `[..., num_logits]` -> `[..., n, n]`: what mixing does to the unit vectors."""
+        identity = torch.eye(self.num_streams, dtype=logits.dtype, device=logits.device)
+        return self.mix(identity.expand(*logits.shape[:-1], -1, -1), logits)
+
+    def initial_bias(self, init: str, branch_index: int, residual_logit: float) -> Tensor:
+        """The static part of all mappings at initialisation, `[n + n + num_logits]` for read, write and mixing.
+
+        With init "identity" the read weights sum to 1 and the write weights are 1, so equal streams stay equal; the
+        read weights differ between streams, since equal ones would receive equal gradients for ever.
+        """
+        favoured = torch.arange(self.num_streams) == branch_index % self.num_streams
+        if init == "paper":
+            pre = post = 2 * favoured.float() - 1
+            residual_logit = PAPER_RESIDUAL_LOGIT
+        else:
+            pre = torch.logit(uneven_weights(favoured)).float()
+            post = torch.zeros_like(pre)
+        return torch.cat([pre, post, self.initial_logits(residual_logit)])
+
+    def weight_shape(self, hidden_size: int) -> tuple[int, int]:
+        """Shape of the weight that predicts the mappings: outputs x input features."""
+        return 2 * self.num_streams + self.num_logits, self.num_streams * hidden_size
+
+    def predict(self, streams: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The token dependent part of all mappings, `[..., n, C]` -> `[..., n + n + num_logits]`, before the gates."""
+        features = streams.flatten(-2)
+        # The norm is one number per token, so it can follow the thin product instead of touching all features.
+        scale = torch.rsqrt(features.square().mean(-1, keepdim=True) + eps)
+        return F.linear(features, weight) * scale
+
+    def gates(self, pre: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+        """`h_pre` and `h_post` from their logits, `[..., n]` each."""
+        return torch.sigmoid(pre), 2 * torch.sigmoid(post)
+
+
+class DenseMixing(Mixing):
+    """A variant that builds `h_res` entry by entry; subclasses write `matrix`.
+
+    `rows_sum_to_one` says that the rows sum to 1 by construction, for any logits, up to rounding.
+    """
+
+    rows_sum_to_one = False
+
+    def matrix(self, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
+        h_res = self.matrix(logits)
+        # Relative to the first stream, so that equal streams are not even rounded. Not a matrix product: those of
+        # this size are slow, and on GPUs they may be cut to TF32.
+        first = streams[..., :1, :]
+        mixed = first if self.rows_sum_to_one else snapped_sum(h_res) * first
+        for j in range(1, self.num_streams):
+            mixed = torch.addcmul(mixed, h_res[..., j : j + 1], streams[..., j : j + 1, :] - first)
+        return mixed
+
+
+def uneven_weights(favoured: Tensor) -> Tensor:
+    """Weights that sum to 1 with one stream ahead, in float64: (n + 1) / 2n where `favoured` `[n]`, else 1 / 2n."""
+    n = favoured.numel()
+    # The dtype is explicit because models are built under their own default dtype.
+    return torch.full((n,), 1 / (2 * n), dtype=torch.float64).masked_fill(favoured, (n + 1) / (2 * n))
