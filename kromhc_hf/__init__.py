@@ -1,11 +1,13 @@
 """Manifold-constrained hyper-connections for the causal language models of Hugging Face transformers."""
 
+from importlib import import_module
+from typing import Any
+
 from .architectures import supported_model_types
 from .configuration import KromHCConfig
 from .conversion import convert_checkpoint
 from .hyper_connection import HyperConnection, Mappings
 from .inspection import record_mappings
-from .metrics import StreamMetricsCallback
 from .mixing import doubly_stochastic_error
 from .modeling import KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel
 from .patching import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
@@ -45,5 +47,15 @@ __all__ = [
     "supported_model_types",
     "verify_conversion",
 ]
+
+# Trainer and PEFT take seconds to import, and PEFT is optional.
+_ON_DEMAND = {"StreamMetricsCallback": ".metrics"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return getattr(import_module(_ON_DEMAND[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()
