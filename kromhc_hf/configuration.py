@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from .architectures import check_model_type
+from .architectures import check_model_type, supported_model_types
 from .hyper_connection import check_init
 from .mixing import make_mixing
 
@@ -111,6 +111,7 @@ def _recast(config: Any, target: type) -> Any:
             vars(recast).setdefault(name, FIELDS[name][1])
         else:
             vars(recast).pop(name, None)
+    vars(recast).pop("model_type", None)  # reading a file leaves one on the instance, and it would hide the class's
     recast.architectures = None
     return recast
 
@@ -162,7 +163,7 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
 
 def __getattr__(name: str) -> Any:
     # Pickle and `auto_map` look a generated class up by name.
-    for model_type, backbone_name in CONFIG_MAPPING_NAMES.items():
-        if name == f"KromHC{backbone_name}":
+    for model_type in supported_model_types():
+        if name == f"KromHC{CONFIG_MAPPING_NAMES[model_type]}":
             return config_class(model_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

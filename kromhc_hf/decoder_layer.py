@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration import KromHCConfig
 from .hyper_connection import HyperConnection, expand, readout
 from .spec import LayerSpec, Step, Sublayer, attribute, forward_parameters
 
@@ -88,7 +87,7 @@ class HyperConnectedLayer(nn.Module):
     def run_sublayer(
         self, sublayer: Sublayer, hidden_states: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """The output of one sublayer behind its norm, and everything that its module returned, such as attention weights."""
+        """The output of one sublayer behind its norm, and all that its module returned, such as attention weights."""
         if sublayer.input_scale is not None:
             hidden_states = hidden_states * attribute(self, sublayer.input_scale)
         extras: tuple[Any, ...] = ()
@@ -134,7 +133,7 @@ def _arguments(layer: nn.Module, sublayer: Sublayer, name: str) -> Arguments:
 
 @functools.cache
 def _layer_class(
-    layer_class: type[nn.Module], spec: LayerSpec, arguments: tuple[tuple[str, Arguments], ...]
+    layer_class: Any, spec: LayerSpec, arguments: tuple[tuple[str, Arguments], ...]
 ) -> type[HyperConnectedLayer]:
     name = f"KromHC{layer_class.__name__}"
     namespace = {
@@ -149,7 +148,7 @@ def _layer_class(
     return type(name, (HyperConnectedLayer, layer_class), namespace)
 
 
-def connect_layer(layer: nn.Module, spec: LayerSpec, config: KromHCConfig | Any, position: int) -> None:
+def connect_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> None:
     """Turns a checked decoder layer into its hyper-connected class, in place, and adds the hyper-connections."""
     arguments = tuple(
         (name, _arguments(layer, sublayer, name))
@@ -175,7 +174,7 @@ def connect_layer(layer: nn.Module, spec: LayerSpec, config: KromHCConfig | Any,
         layer.add_module(name, hyper_connection.train(layer.training))
 
 
-def disconnect_layer(layer: HyperConnectedLayer) -> None:
+def disconnect_layer(layer: Any) -> None:
     """The inverse of `connect_layer`."""
     for name in layer.spec.names:
         delattr(layer, name)

@@ -9,16 +9,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .architectures import fit_layer, layer_specs
+from .architectures import fit_layer, layer_specs, supported_model_types
 from .configuration import PREFIX, KromHCConfig, config_class
 from .decoder_layer import HyperConnectedLayer, connect_layer
-from .families import SUPPORTED
 from .hyper_connection import HyperConnection, readout
 from .spec import LayerSpec, attribute
 
@@ -42,7 +47,7 @@ class HyperConnectedModel:
             connect(self, plan)
 
     @classmethod
-    def class_for(cls, config: Any) -> type["HyperConnectedModel"]:
+    def class_for(cls, config: Any) -> type[Any]:
         """The generated class for a configuration.
 
         Raises:
@@ -52,10 +57,15 @@ class HyperConnectedModel:
             raise ValueError(
                 f"{cls.__name__} needs a KromHCConfig; got {type(config).__name__}. Use KromHCConfig(backbone_config=...)."
             )
-        backbone = cls.auto_class._model_mapping.get(config.backbone_config_class, None)
+        backbone = cls.backbone_for(type(config))
         if backbone is None:
             raise ValueError(f"{config.backbone_config_class.model_type} has no model for {cls.auto_class.__name__}.")
         return model_class(backbone, type(config))
+
+    @classmethod
+    def backbone_for(cls, config_type: type[KromHCConfig]) -> type[PreTrainedModel] | None:
+        """The family's own class for the task of this face, if it has one."""
+        return cls.auto_class._model_mapping.get(config_type.backbone_config_class, None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -114,7 +124,25 @@ class KromHCForSequenceClassification(HyperConnectedModel):
     auto_class = AutoModelForSequenceClassification
 
 
-FACES = (KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel)
+class KromHCForTokenClassification(HyperConnectedModel):
+    """A token classifier with hyper-connections, for `AutoModelForTokenClassification`."""
+
+    auto_class = AutoModelForTokenClassification
+
+
+class KromHCForQuestionAnswering(HyperConnectedModel):
+    """A question answering model with hyper-connections, for `AutoModelForQuestionAnswering`."""
+
+    auto_class = AutoModelForQuestionAnswering
+
+
+FACES = (
+    KromHCForCausalLM,
+    KromHCForSequenceClassification,
+    KromHCForTokenClassification,
+    KromHCForQuestionAnswering,
+    KromHCModel,
+)
 
 
 class ConnectionPlan:
@@ -177,13 +205,14 @@ def connect(model: Any, plan: ConnectionPlan) -> None:
 
 
 @functools.cache
-def model_class(backbone_class: type[PreTrainedModel], config_type: type[KromHCConfig]) -> type[Any]:
+def model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     """The class with hyper-connections for one of a family's model classes, `LlamaModel` -> `KromHCLlamaModel`.
 
     Several model types may share the class of one of them; each gets a class of its own, named after its configuration.
     """
     model_type = config_type.backbone_config_class.model_type
-    face = next((face for face in FACES if _belongs(backbone_class, model_type, face)), HyperConnectedModel)
+    faces = (face for face in FACES if backbone_class.__name__ in _class_names(face, model_type))
+    face = next(faces, HyperConnectedModel)
     name = _class_name(backbone_class, config_type.backbone_config_class)
     backbone_forward = backbone_class.forward
 
@@ -209,34 +238,40 @@ def model_class(backbone_class: type[PreTrainedModel], config_type: type[KromHCC
         "backbone_class": backbone_class,
         "forward": forward,
     }
-    conversion = get_checkpoint_conversion_mapping(model_type)
-    if conversion is not None:
-        # By model type and never by class name, or head and base model would both apply it.
-        register_checkpoint_conversion_mapping(config_type.model_type, conversion, overwrite=True)  # type: ignore[attr-defined]
+    # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
+    new_model_type = config_type.model_type  # type: ignore[attr-defined]
+    for key, new_key in ((backbone_class.__name__, name), (model_type, new_model_type)):
+        conversion = get_checkpoint_conversion_mapping(key)
+        if conversion is not None:
+            register_checkpoint_conversion_mapping(new_key, conversion, overwrite=True)
     return type(name, (face, backbone_class), namespace)
 
 
-def _belongs(backbone_class: type[PreTrainedModel], model_type: str, face: type[HyperConnectedModel]) -> bool:
+def _class_names(face: type[HyperConnectedModel], model_type: str) -> tuple[str, ...]:
+    """The names of the family's classes for the task of a face, without importing them."""
     names = face.auto_class._model_mapping._model_mapping.get(model_type, ())
-    return backbone_class.__name__ in ((names,) if isinstance(names, str) else names)
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _class_name(backbone_class: type[PreTrainedModel], config_class: type[Any]) -> str:
+    """`LlamaForCausalLM` -> `KromHCLlamaForCausalLM`, or `KromHCInternLM3ForCausalLM` for the config of InternLM3."""
     own_stem = getattr(backbone_class.config_class, "__name__", "").removesuffix("Config")
     stem = config_class.__name__.removesuffix("Config")
-    shared = backbone_class.config_class is not config_class and backbone_class.__name__.startswith(own_stem)
-    return f"KromHC{stem}{backbone_class.__name__.removeprefix(own_stem)}" if shared else f"KromHC{backbone_class.__name__}"
+    name = backbone_class.__name__
+    if backbone_class.config_class is not config_class and name.startswith(own_stem):
+        name = stem + name.removeprefix(own_stem)
+    return f"KromHC{name}"
 
 
 def __getattr__(name: str) -> Any:
     # Pickle and `auto_map` look a generated class up by name.
     plain = name.removeprefix("KromHC")
-    for face in FACES:
-        for model_type, names in face.auto_class._model_mapping._model_mapping.items():
-            stem = CONFIG_MAPPING_NAMES.get(model_type, " ").removesuffix("Config")
-            listed = plain in ((names,) if isinstance(names, str) else names)
-            if plain != name and model_type in SUPPORTED and (listed or plain.startswith(stem)):
-                found = face.class_for(config_class(model_type)())
-                if found.__name__ == name:
-                    return found
+    for face in FACES if name.startswith("KromHC") else ():
+        for model_type in supported_model_types():
+            stem = CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")
+            if plain in _class_names(face, model_type) or plain.startswith(stem):
+                config_type = config_class(model_type)
+                backbone = face.backbone_for(config_type)
+                if backbone is not None and _class_name(backbone, config_type.backbone_config_class) == name:
+                    return model_class(backbone, config_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

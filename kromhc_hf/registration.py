@@ -23,6 +23,6 @@ def register() -> None:
 
 def _register_models(config_type: type[KromHCConfig]) -> None:
     for face in FACES:
-        backbone = face.auto_class._model_mapping.get(config_type.backbone_config_class, None)
+        backbone = face.backbone_for(config_type)
         if backbone is not None:
             face.auto_class.register(config_type, model_class(backbone, config_type), exist_ok=True)
