@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from .families import REFUSED, SUPPORTED
-from .spec import LayerSpec, attribute, forward_parameters
+from .spec import ByConfig, LayerSpec, attribute, forward_parameters
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def layer_specs(config: Any, model_type: str) -> tuple[LayerSpec, ...]:
             "cannot be dropped. Set config.layerdrop = 0."
         )
     row = SUPPORTED[model_type]
-    specs = row(config) if callable(row) else row
+    specs = row.choose(config) if isinstance(row, ByConfig) else row
     return (specs,) if isinstance(specs, LayerSpec) else specs
 
 
@@ -94,7 +94,7 @@ def _misfit(layer: nn.Module, spec: LayerSpec) -> str | None:
                 return f"must have a module {sublayer.modules[0]!r} whose forward takes {name!r}"
         if sublayer.times is not None and sublayer.times not in forward_parameters(layer)[0]:
             return f"must have a forward that takes {sublayer.times!r}"
-    for name in (name for part in (*spec.sublayers, *spec.steps) for name in part.post):
+    for name in _post(spec):
         if not callable(attribute(layer, name)) and not _is_number(attribute(layer, name)):
             return f"must have a module or a dropout probability {name!r}; got {attribute(layer, name)!r}"
     for name in _factors(spec):
@@ -111,16 +111,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _factors(spec: LayerSpec) -> tuple[str, ...]:
-    scales = [part.scale for part in (*spec.sublayers, *spec.steps)]
-    return tuple(filter(None, (*scales, *(sublayer.input_scale for sublayer in spec.sublayers), spec.gain)))
+def _post(spec: LayerSpec) -> list[str]:
+    sublayers = [name for sublayer in spec.sublayers for name in sublayer.post]
+    return sublayers + [name for step in spec.steps for name in step.post]
+
+
+def _factors(spec: LayerSpec) -> list[str]:
+    factors = [name for sublayer in spec.sublayers for name in (sublayer.scale, sublayer.input_scale)]
+    return [name for name in (*factors, *(step.scale for step in spec.steps), spec.gain) if name is not None]
 
 
 def _known_attributes(spec: LayerSpec) -> set[str]:
-    paths = [*_factors(spec), *spec.unused]
+    paths = [*_factors(spec), *_post(spec)]
     for sublayer in spec.sublayers:
-        paths += [*sublayer.modules, *sublayer.post, *filter(None, (sublayer.pre,))]
-    paths += [name for step in spec.steps for name in step.post]
+        paths += [*sublayer.modules, *filter(None, (sublayer.pre,))]
     return {path.split(".")[0] for path in paths}
 
 

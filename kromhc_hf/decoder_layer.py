@@ -116,7 +116,7 @@ class HyperConnectedLayer(nn.Module):
     def run_sublayer(
         self, sublayer: Sublayer, hidden_states: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """The output of one sublayer behind its norm, and everything that its module returned, such as attention weights."""
+        """The output of one sublayer behind its norm, and all that its module returned, such as attention weights."""
         if sublayer.input_scale is not None:
             hidden_states = hidden_states * attribute(self, sublayer.input_scale)
         extras: tuple[Any, ...] = ()

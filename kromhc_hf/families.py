@@ -1,13 +1,13 @@
 """Which model types are supported, as data: what the decoder layers of each family look like, or why they are refused.
 
 A family is one row of `SUPPORTED`; a row with several specifications describes layers of different kinds in one model.
-A row that depends on the configuration is a function of it.
+A row that depends on the configuration is `ByConfig`.
 """
 
 from dataclasses import replace
 from typing import Any
 
-from .spec import LayerSpec, Row, Step, Sublayer, block, recurrent, sequential
+from .spec import ByConfig, LayerSpec, Row, Step, Sublayer, block, recurrent, sequential
 
 
 ATTENTION = Sublayer("self_attn", "input_layernorm")
@@ -68,6 +68,8 @@ MODERNBERT = sequential(Sublayer("attn", "attn_norm"), Sublayer("mlp", "mlp_norm
 JETMOE = sequential(Sublayer("self_attention", "input_layernorm"), FEED_FORWARD)
 LLAMA4 = sequential(ATTENTION, Sublayer("feed_forward", "post_attention_layernorm"))
 
+XLSTM = sequential(Sublayer("mlstm_layer", "norm_mlstm"), Sublayer("ffn", "norm_ffn"), layers="blocks", extras=(1,))
+
 GPT2 = sequential(Sublayer("attn", "ln_1"), Sublayer("mlp", "ln_2"), layers="h")
 GPT_NEO = replace(GPT2, extras=(1,))
 CTRL = sequential(
@@ -120,7 +122,7 @@ COHERE = block(ATTENTION, Sublayer("mlp", "input_layernorm"), exact=False)
 STABLELM = PERSIMMON
 STABLELM_PARALLEL = block(ATTENTION, Sublayer("mlp", "input_layernorm", post=("dropout",)), exact=False)
 FALCON_ATTENTION = Sublayer("self_attention", "input_layernorm")
-FALCON_BLOCK = {"layers": "h", "extras": (1,)}
+FALCON_BLOCK: dict[str, Any] = {"layers": "h", "extras": (1,)}
 FALCON_SEQUENTIAL = sequential(
     replace(FALCON_ATTENTION, post=("config.attention_dropout",)),
     Sublayer("mlp", "post_attention_layernorm", post=("hidden_dropout",)),
@@ -145,12 +147,19 @@ LFM3 = tuple(
     sequential(replace(mixer, post=("post_operator_norm",)), replace(LFM2_FEED_FORWARD, post=("post_ffn_norm",)))
     for mixer in (SHORT_CONVOLUTION, LFM2_ATTENTION)
 )
+FALCON_H1_MAMBA = recurrent(
+    "mamba", "input_layernorm", scale="ssm_out_multiplier", renames=(("mamba_attention_mask", "attention_mask"),)
+)
 FALCON_H1 = LayerSpec(
     (
         Step(
             "attn_hc",
             (
-                replace(MAMBA, scale="ssm_out_multiplier", renames=(*MAMBA.renames, ("mamba_attention_mask", "attention_mask"))),
+                replace(
+                    MAMBA,
+                    scale="ssm_out_multiplier",
+                    renames=(*MAMBA.renames, ("mamba_attention_mask", "attention_mask")),
+                ),
                 replace(ATTENTION, attention=True, input_scale="attention_in_multiplier", scale="attn_out_multiplier"),
             ),
         ),
@@ -200,7 +209,7 @@ def stablelm(config: Any) -> LayerSpec:
 def falcon(config: Any) -> LayerSpec:
     if not config.new_decoder_architecture:
         return FALCON_ONE_NORM if config.parallel_attn else FALCON_SEQUENTIAL
-    return FALCON_TWO_NORMS if config.num_ln_in_parallel_attn == 2 else FALCON_ONE_NORM
+    return FALCON_TWO_NORMS if config.num_ln_in_parallel_attn in (None, 2) else FALCON_ONE_NORM
 
 
 def opt(config: Any) -> LayerSpec:
@@ -221,13 +230,13 @@ def bloom(config: Any) -> LayerSpec:
     return BLOOM
 
 
-def gemma4(config: Any) -> tuple[LayerSpec, ...]:
+def gemma4(config: Any) -> LayerSpec:
     if config.enable_moe_block:
         raise ValueError(
             "gemma4_text must have enable_moe_block=False; got True, where router and experts are called by the "
             "layer itself on the residual. Use a dense model of the family."
         )
-    return (GEMMA4_PER_LAYER_INPUT, GEMMA4)
+    return GEMMA4_PER_LAYER_INPUT if config.hidden_size_per_layer_input else GEMMA4
 
 
 def rows(names: str, row: Row) -> dict[str, Row]:
@@ -243,7 +252,7 @@ SUPPORTED: dict[str, Row] = {
     **rows("aria_text axk1 axk2 dots1 dots3_note_text ernie4_5_moe exaone_moe flint glm4_moe_lite", LLAMA),
     **rows("hunyuan_v1_moe hy_v3 laguna mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text solar_open", LLAMA),
     **rows("gemma2 gemma3_text", SANDWICH),
-    "gemma4_text": gemma4,
+    "gemma4_text": ByConfig(gemma4, (GEMMA4, GEMMA4_PER_LAYER_INPUT)),
     "gemma4_unified_text": GEMMA4,
     "vaultgemma": VAULTGEMMA,
     **rows("glm4 kolibri1", GLM4),
@@ -260,23 +269,24 @@ SUPPORTED: dict[str, Row] = {
     "persimmon": PERSIMMON,
     "apertus": APERTUS,
     "modernbert-decoder": MODERNBERT,
+    "xlstm": XLSTM,
     "jetmoe": JETMOE,
     "llama4_text": LLAMA4,
     **rows("gpt2 gpt_bigcode", GPT2),
     "gpt_neo": GPT_NEO,
     "ctrl": CTRL,
-    "opt": opt,
+    "opt": ByConfig(opt, (OPT,)),
     **rows("biogpt xglm", BIOGPT),
-    "bloom": bloom,
+    "bloom": ByConfig(bloom, (BLOOM,)),
     "mpt": MPT,
     "dbrx": DBRX,
-    "gpt_neox": gpt_neox,
+    "gpt_neox": ByConfig(gpt_neox, (NEOX, NEOX_PARALLEL)),
     "gpt_neox_japanese": NEOX_JAPANESE,
     **rows("gptj codegen", GPTJ),
     "phi": PHI,
     **rows("cohere cohere2 cohere2_moe cohere_compass_text", COHERE),
-    "stablelm": stablelm,
-    "falcon": falcon,
+    "stablelm": ByConfig(stablelm, (STABLELM, STABLELM_PARALLEL)),
+    "falcon": ByConfig(falcon, (FALCON_SEQUENTIAL, FALCON_ONE_NORM, FALCON_TWO_NORMS)),
     **rows("qwen3_next qwen3_5_text qwen3_5_moe_text", LINEAR_OR_ATTENTION),
     **rows("kimi_linear bailing_hybrid", RECURRENT_OR_ATTENTION),
     "olmo_hybrid": OLMO_HYBRID,
@@ -297,5 +307,35 @@ def reasons(names: str, reason: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), reason)
 
 
+CROSS_ATTENTION = "a decoder with cross-attention, whose keys come from an encoder"
+NORM_ON_RESIDUAL = "the norm follows the residual addition, so that there is no plain residual to put streams in"
+RESIDUAL_INSIDE = "the residual is added inside its attention and output modules, not by the layer"
+SCALED_RESIDUAL = "the residual itself is scaled in every layer, and streams would be scaled away with it"
+SEVERAL_STREAMS = "it has several residual streams already"
+MULTI_MODAL = "a multi-modal model; hyper-connections go into a text model"
+DRAFT_MODEL = "a draft model, which reads the states and the cache of another model"
+
 # Everything else that AutoModelForCausalLM knows.
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    **reasons("bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen mvp pegasus", CROSS_ATTENTION),
+    **reasons("plbart prophetnet trocr whisper", CROSS_ATTENTION),
+    **reasons("bert bert-generation big_bird camembert data2vec-text electra ernie git", NORM_ON_RESIDUAL),
+    **reasons("openai-gpt rembert roberta roc_bert roformer xlm xlm-roberta xlnet xmod", NORM_ON_RESIDUAL),
+    **reasons("cpmant megatron-bert roberta-prelayernorm xlm-roberta-xl", RESIDUAL_INSIDE),
+    **reasons("beam doge minimax zaya", SCALED_RESIDUAL),
+    **reasons("deepseek_v4 gemma3n_text hy_v4 qwen4_exp_text", SEVERAL_STREAMS),
+    **reasons("emu3 fuyu gemma3n got_ocr2 mllama moss_transcribe_diarize qwen4_exp", MULTI_MODAL),
+    **{
+        name: f"{MULTI_MODAL}, here model type {name}_text"
+        for name in ("dots3_note", "gemma3", "gemma4", "gemma4_unified", "llama4", "qwen3_5", "qwen3_5_moe")
+    },
+    **reasons("gemma4_assistant gemma4_unified_assistant", DRAFT_MODEL),
+    "blt": "several transformers over bytes and patches, with states of different sizes",
+    "hrm_text": "two stacks of layers that run several times each, in a recurrence",
+    "inkling2_text": "its layers read the states of earlier blocks beside the residual",
+    "longcat_flash": "its expert branch starts in one residual step and is added in another",
+    "musicgen_melody": "it predicts several audio codebooks at a time, conditioned on an encoder",
+    "reformer": "its layers are reversible, on two residual streams that are not kept for the backward pass",
+    "rwkv": "attention and feed-forward hand one recurrent state to each other, and the first layer norms the residual",
+    **reasons("zamba zamba2", "its attention blocks are shared between layers and added in front of the norm"),
+}

@@ -21,10 +21,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .architectures import fit_layer, layer_specs
+from .architectures import fit_layer, layer_specs, supported_model_types
 from .configuration import PREFIX, KromHCConfig, config_class
 from .decoder_layer import END_NAMES, HyperConnectedLayer, connect_layer
-from .families import SUPPORTED
 from .hyper_connection import Float32Module
 from .spec import LayerSpec, attribute
 
@@ -258,22 +257,24 @@ def _listed(face: type[HyperConnectedModel], model_type: str) -> tuple[str, ...]
 
 
 def _class_name(backbone_class: type[PreTrainedModel], config_class: type[Any]) -> str:
+    """`LlamaForCausalLM` -> `KromHCLlamaForCausalLM`, or `KromHCInternLM3ForCausalLM` for the config of InternLM3."""
     own_stem = getattr(backbone_class.config_class, "__name__", "").removesuffix("Config")
     stem = config_class.__name__.removesuffix("Config")
-    shared = backbone_class.config_class is not config_class and backbone_class.__name__.startswith(own_stem)
-    return f"KromHC{stem * shared}{backbone_class.__name__.removeprefix(own_stem * shared)}"
+    name = backbone_class.__name__
+    if backbone_class.config_class is not config_class and name.startswith(own_stem):
+        name = stem + name.removeprefix(own_stem)
+    return f"KromHC{name}"
 
 
 def __getattr__(name: str) -> Any:
     # Pickle and `auto_map` look a generated class up by name.
     plain = name.removeprefix("KromHC")
-    for face in FACES if plain != name else ():
-        for model_type in SUPPORTED:
+    for face in FACES if name.startswith("KromHC") else ():
+        for model_type in supported_model_types():
             stem = CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")
             if plain in _listed(face, model_type) or plain.startswith(stem):
                 config_type = config_class(model_type)
                 backbone = face.backbone_for(config_type)
-                found = None if backbone is None else model_class(backbone, config_type)
-                if found is not None and found.__name__ == name:
-                    return found
+                if backbone is not None and _class_name(backbone, config_type.backbone_config_class) == name:
+                    return model_class(backbone, config_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The words in which decoder layers are described: sublayers, residual steps, layers. Attribute names, no mathematics."""
+"""The words in which decoder layers are described: sublayers, residual steps, layers; names, no mathematics."""
 
 import inspect
 from collections.abc import Callable
@@ -76,7 +76,6 @@ class LayerSpec:
         layers: path from the base model to the list of layers.
         gain: attribute with a factor on the whole residual at the end of the layer.
         wide: attribute that tells whether the residual is kept in fp32.
-        unused: attributes with parameters that the forward of the layer does not need.
         exact: False where the family adds parallel branches to the residual in another order, so that a converted
             model is equal up to the rounding of that sum; all others are bitwise equal.
     """
@@ -86,7 +85,6 @@ class LayerSpec:
     layers: str = "layers"
     gain: str | None = None
     wide: str | None = None
-    unused: tuple[str, ...] = ()
     exact: bool = True
 
     @property
@@ -99,10 +97,28 @@ class LayerSpec:
         return tuple(sublayer for step in self.steps for sublayer in step.sublayers)
 
 
+@dataclass(frozen=True)
+class ByConfig:
+    """A family whose layers depend on the configuration.
+
+    Args:
+        choose: the specification for a configuration; raises ValueError where there is none.
+        variants: everything that `choose` may return.
+    """
+
+    choose: Callable[[Any], LayerSpec]
+    variants: tuple[LayerSpec, ...]
+
+
+Row = LayerSpec | tuple[LayerSpec, ...] | ByConfig
+
+
 def sequential(attention: Sublayer, feed_forward: Sublayer, scale: str | None = None, **options: Any) -> LayerSpec:
     """Attention, then feed-forward, each with a residual connection of its own."""
     attention = replace(attention, attention=True)
-    return LayerSpec((Step("attn_hc", (attention,), scale=scale), Step("ffn_hc", (feed_forward,), scale=scale)), **options)
+    return LayerSpec(
+        (Step("attn_hc", (attention,), scale=scale), Step("ffn_hc", (feed_forward,), scale=scale)), **options
+    )
 
 
 def block(*sublayers: Sublayer, post: tuple[str, ...] = (), **options: Any) -> LayerSpec:
@@ -126,10 +142,7 @@ def attribute(module: Any, path: str) -> Any:
 
 def forward_parameters(module: Any) -> tuple[tuple[str, ...], bool]:
     """The names that the forward of a module or its class takes after `self`, and whether it takes any others."""
-    forward = module.forward if isinstance(module, type) else type(module).forward
+    forward: Any = getattr(module if isinstance(module, type) else type(module), "forward", None)
     parameters = list(inspect.signature(inspect.unwrap(forward)).parameters.values())[1:]
     named = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-Row = LayerSpec | tuple[LayerSpec, ...] | Callable[[Any], "LayerSpec | tuple[LayerSpec, ...]"]

@@ -6,6 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from kromhc_hf import HyperConnection, supported_model_types
+
 
 COMMON = {
     "vocab_size": 99,
@@ -118,7 +120,12 @@ SPECIAL: dict[str, list[dict]] = {
     "opt": [{"ffn_dim": 48, "word_embed_proj_dim": 32}],
     "phi4_multimodal": [
         {
-            "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+            },
             "audio_config": {
                 "hidden_size": 32,
                 "intermediate_size": 48,
@@ -134,6 +141,7 @@ SPECIAL: dict[str, list[dict]] = {
     "qwen3_next": [LINEAR_THEN_FULL],
     "recurrent_gemma": [{"attention_window_size": 8, "block_types": ["recurrent", "attention", "recurrent"]}],
     "stablelm": [{"use_parallel_residual": True}, {"use_parallel_residual": False}],
+    "xlstm": [{"num_blocks": 3, "num_heads": 4, "embedding_dim": 32}],
     "xglm": [{"d_model": 32, "num_layers": 3, "attention_heads": 4, "ffn_dim": 48}],
 }
 
@@ -168,3 +176,23 @@ def make_model(config, dtype: torch.dtype = torch.float32, seed: int = 0):
 def token_ids(config, batch: int = 2, length: int = 12) -> torch.Tensor:
     """Random token ids without the special ones, `[batch, length]`."""
     return torch.randint(3, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def variants() -> list[tuple[str, str, int]]:
+    """`(id, model type, position in configurations)` for every variant of every supported family."""
+    return [
+        (name if count == 1 else f"{name}-{position}", name, position)
+        for name in supported_model_types()
+        for count in (len(SPECIAL.get(name, [{}])),)
+        for position in range(count)
+    ]
+
+
+def separate_streams(model) -> None:
+    """Gives every hyper-connection random weights, so that the streams differ and all of its paths matter."""
+    generator = torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, HyperConnection):
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)

@@ -1,0 +1,108 @@
+"""The table of supported and refused model types, rendered from the same data that the models are built from.
+
+`python -m kromhc_hf.families_table README.md` writes it between the markers of a file.
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from .families import REFUSED, SUPPORTED
+from .spec import ByConfig, LayerSpec, Row, Step, Sublayer
+
+
+BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
+EXACT = "bitwise equal"
+REORDERED = "equal up to the rounding of one sum"
+
+
+class FamilyRow(NamedTuple):
+    """One model type: what its layers are, or why it is refused."""
+
+    model_type: str
+    supported: bool
+    description: str  # the pattern of its residual steps, or the reason
+    exactness: str  # of a freshly converted model against the original; empty if refused
+
+
+def families_table() -> list[FamilyRow]:
+    """One row per model type of `AutoModelForCausalLM`, supported ones first, each part in alphabetical order."""
+    supported = [
+        FamilyRow(name, True, describe(row), EXACT if all(spec.exact for spec in layer_kinds(row)) else REORDERED)
+        for name, row in sorted(SUPPORTED.items())
+    ]
+    return supported + [FamilyRow(name, False, reason, "") for name, reason in sorted(REFUSED.items())]
+
+
+def families_markdown() -> str:
+    """The table in Markdown, model types with the same pattern or reason in one line."""
+    rows = families_table()
+    lines = [
+        f"{len(SUPPORTED)} model types are supported. Where a line shows several layers, a model of the family has"
+    ]
+    lines += ["either kind, or both. `x` is what the layer reads, each `;` ends a residual step, and a converted model"]
+    lines += ["gives the logits of the original as the last column says.", ""]
+    lines += ["| model types | residual steps | logits |", "|---|---|---|"]
+    lines += [f"| {names} | {description} | {exactness} |" for names, description, exactness in _grouped(rows, True)]
+    lines += ["", f"{len(REFUSED)} are refused, each with its reason.", "", "| model types | reason |", "|---|---|"]
+    lines += [f"| {names} | {description} |" for names, description, _ in _grouped(rows, False)]
+    return "\n".join(lines)
+
+
+def write_families(file: Path) -> None:
+    """Puts the table between the markers of a Markdown file.
+
+    Raises:
+        ValueError: if the file does not have the two markers.
+    """
+    before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{file} must have the markers {BEGIN} and {END}; add them where the table belongs.")
+    file.write_text(f"{before}{BEGIN}\n{families_markdown()}\n{END}{after}", encoding="utf-8")
+
+
+def layer_kinds(row: Row) -> tuple[LayerSpec, ...]:
+    """All kinds of layers that models of a family may have."""
+    if isinstance(row, ByConfig):
+        return row.variants
+    return (row,) if isinstance(row, LayerSpec) else row
+
+
+def describe(row: Row) -> str:
+    """The residual steps of a family: `self_attn(input_layernorm(x)); mlp(post_attention_layernorm(x))`."""
+    return "<br>".join(dict.fromkeys(f"`{'; '.join(map(_describe_step, spec.steps))}`" for spec in layer_kinds(row)))
+
+
+def _describe_step(step: Step) -> str:
+    text = " + ".join(map(_describe_sublayer, step.sublayers))
+    for name in step.post:
+        text = f"{name}({text})"
+    summed = step.scale and len(step.sublayers) > 1 and not step.post
+    return text if step.scale is None else f"{step.scale} * ({text})" if summed else f"{step.scale} * {text}"
+
+
+def _describe_sublayer(sublayer: Sublayer) -> str:
+    text = "x" if sublayer.pre is None else f"{sublayer.pre}(x)"
+    if sublayer.input_scale is not None:
+        text = f"{sublayer.input_scale} * {text}"
+    for name in sublayer.modules:
+        text = f"{name}({text})"
+    if sublayer.times is not None:
+        text = f"{sublayer.times} * {text}"
+    for name in sublayer.post:
+        text = f"{name}({text})"
+    return text if sublayer.scale is None else f"{sublayer.scale} * {text}"
+
+
+def _grouped(rows: list[FamilyRow], supported: bool) -> list[tuple[str, str, str]]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.supported == supported:
+            groups.setdefault((row.description, row.exactness), []).append(row.model_type)
+    ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[1]))
+    return [(", ".join(names), description, exactness) for (description, exactness), names in ordered]
+
+
+if __name__ == "__main__":
+    write_families(Path(sys.argv[1]))
