@@ -4,13 +4,12 @@ A mixing turns a vector of unconstrained logits into a matrix `h_res` and applie
 `mixed[i] = sum_j h_res[i, j] streams[j]`. It holds no parameters: the logits are computed by the hyper-connection.
 """
 
-from itertools import permutations
 from math import factorial
 
 import torch
 from torch import Tensor
 
-from .mixing_base import SINKHORN_ITERATIONS, Mixing
+from .mixing_base import SINKHORN_ITERATIONS, Mixing, permutation_mixture
 from .peer_mixings import HCMixing, MHCLiteMixing, MHCMixing, TBPMixing
 
 
@@ -111,13 +110,9 @@ class KromHCMixing(Mixing):
         """For shift = 1 .. size - 1: the entries `U[a, (a + shift) % size]` of the factor, each `[..., size]`."""
         if size == 2:
             return [torch.sigmoid(logits).expand(*logits.shape[:-1], 2)]
-        weights = torch.softmax(torch.cat([torch.zeros_like(logits[..., :1]), logits], dim=-1), dim=-1)
-        orders = list(permutations(range(size)))  # the identity comes first
-        moves = [
-            [float(order[a] == (a + shift) % size) for shift in range(1, size) for a in range(size)] for order in orders
-        ]
-        entries = weights @ torch.tensor(moves, dtype=weights.dtype, device=weights.device)
-        return list(entries.unflatten(-1, (size - 1, size)).unbind(-2))
+        factor = permutation_mixture(logits, size)
+        rows = torch.arange(size, device=logits.device)
+        return [factor[..., rows, (rows + shift) % size] for shift in range(1, size)]
 
     def matrix(self, logits: Tensor) -> Tensor:
         # The diagonal is 1 minus the rest of its row, which rounding can push just below zero.

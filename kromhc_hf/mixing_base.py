@@ -1,5 +1,7 @@
 """What a variant of hyper-connections has to say: the interface that every parametrisation of H_res implements."""
 
+from itertools import permutations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +36,25 @@ def snapped_sum(weights: Tensor) -> Tensor:
     total = weights.sum(-1, keepdim=True)
     gap = (1 - total).detach()
     return total + gap.masked_fill(gap.abs() > 4 * torch.finfo(gap.dtype).eps, 0)
+
+
+def widest_dtype(tensor: Tensor) -> torch.dtype:
+    """float64, where the device has it: for sums over many entries of a small matrix."""
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64
+
+
+def permutation_mixture(logits: Tensor, size: int) -> Tensor:
+    """A convex combination of all permutation matrices, `[..., size! - 1]` -> `[..., size, size]`.
+
+    The logits belong to the permutations after the identity, whose logit is 0, in the order of
+    `itertools.permutations`; a permutation `order` takes row i to column `order[i]`.
+    """
+    # Sums of hundreds of weights miss 1 by several eps in fp32.
+    wide = widest_dtype(logits)
+    weights = torch.softmax(F.pad(logits, (1, 0)), dim=-1, dtype=wide)
+    orders = torch.tensor(list(permutations(range(size))), device=logits.device)
+    mixture = weights @ F.one_hot(orders, size).flatten(1).to(wide)
+    return mixture.to(logits.dtype).unflatten(-1, (size, size))
 
 
 class Mixing:

@@ -1,13 +1,12 @@
 """The variants that KromHC is compared with: mHC, mHC-lite, TBP-mHC and unconstrained hyper-connections."""
 
-from itertools import permutations
 from math import factorial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixing_base import SINKHORN_ITERATIONS, DenseMixing, uneven_weights
+from .mixing_base import SINKHORN_ITERATIONS, DenseMixing, permutation_mixture, uneven_weights, widest_dtype
 
 
 LARGEST_MHC_LITE = 6
@@ -63,10 +62,7 @@ class MHCLiteMixing(DenseMixing):
         return torch.full((self.num_logits,), -residual_logit, dtype=torch.float32)
 
     def matrix(self, logits: Tensor) -> Tensor:
-        n = self.num_streams
-        weights = torch.softmax(F.pad(logits, (1, 0)), dim=-1)
-        orders = torch.tensor(list(permutations(range(n))), device=logits.device)  # the identity comes first
-        return (weights @ F.one_hot(orders, n).flatten(1).to(weights.dtype)).unflatten(-1, (n, n))
+        return permutation_mixture(logits, self.num_streams)
 
 
 class TBPMixing(DenseMixing):
@@ -88,8 +84,9 @@ class TBPMixing(DenseMixing):
 
     def matrix(self, logits: Tensor) -> Tensor:
         last = self.num_streams - 1
-        share = torch.sigmoid(logits).unflatten(-1, (last, last))
-        one = torch.ones_like(logits[..., :1].sum(-1))
+        # What remains at the end has the rounding of all steps in it.
+        share = torch.sigmoid(logits.to(widest_dtype(logits))).unflatten(-1, (last, last))
+        one = torch.ones_like(share[..., :1].sum((-2, -1)))
         columns = [one] * self.num_streams  # what each column can still take
         rows = []
         for i in range(last):
@@ -103,7 +100,7 @@ class TBPMixing(DenseMixing):
                 row.append(entry)
             columns[last] = (columns[last] - left).clamp_min(0)
             rows.append(torch.stack([*row, left], dim=-1))
-        return torch.stack([*rows, torch.stack(columns, dim=-1)], dim=-2)
+        return torch.stack([*rows, torch.stack(columns, dim=-1)], dim=-2).to(logits.dtype)
 
 
 class HCMixing(DenseMixing):
