@@ -146,7 +146,11 @@ def truncate(path: Path) -> None:
         (lambda f: truncate(f / "model.safetensors"), ValueError, "must be a complete safetensors file"),
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "must be a JSON file"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), ValueError, "got 'bert'"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
+            ValueError,
+            "'bert' is not supported: the norm follows",
+        ),
     ],
     ids=["no-weights", "truncated", "no-config", "broken-config", "unknown-family"],
 )
