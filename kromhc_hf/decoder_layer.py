@@ -156,7 +156,9 @@ def connect_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> No
         if sublayer.attention
         for name in sublayer.modules
     )
-    device = next(layer.parameters()).device
+    # Where loading builds the model on the meta device, a family may still have real tensors of its own.
+    devices = {parameter.device.type: parameter.device for parameter in layer.parameters()}
+    device = devices.get("meta", next(layer.parameters()).device)
     layer.__class__ = _layer_class(type(layer), spec, arguments)
     layer.hc_config, layer.hc_layer_index = config, position
     for step, name in enumerate(spec.names):
