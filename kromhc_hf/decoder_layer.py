@@ -190,7 +190,9 @@ def connect_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> No
         if sublayer.attention
         for name in sublayer.modules
     )
-    device = next(layer.parameters()).device
+    # Where loading builds the model on the meta device, a family may still have real tensors of its own.
+    devices = {parameter.device.type: parameter.device for parameter in layer.parameters()}
+    device = devices.get("meta", next(layer.parameters()).device)
     layer_class: Any = type(layer)
     layer.__class__ = _layer_class(layer_class, spec, arguments)
     layer.hc_config, layer.hc_layer_index = config, position

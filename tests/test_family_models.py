@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import configurations, make_model, separate_streams, token_ids, variants
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from kromhc_hf import apply_hyper_connections
+from kromhc_hf import KromHCConfig, KromHCForCausalLM, apply_hyper_connections
 from kromhc_hf.architectures import layer_specs
 
 
@@ -17,6 +18,9 @@ logging.set_verbosity_error()
 warnings.filterwarnings("ignore")
 
 VARIANTS = [pytest.param(name, position, id=label) for label, name, position in variants()]
+# What transformers' own model cannot do.
+NO_STATIC_CACHE = {("falcon", 1), ("inkling_text", 0)}
+NO_ATTENTION_DROPOUT = {"diffllama"}
 EPS = {torch.float32: torch.finfo(torch.float32).eps, torch.bfloat16: torch.finfo(torch.bfloat16).eps}
 
 
@@ -25,7 +29,7 @@ def configuration(model_type: str, position: int):
 
 
 def assert_equal(actual, expected, config, dtype=torch.float32):
-    """Bitwise; where the family sums in another order, within the rounding of one sum per layer and what it grows to."""
+    """Bitwise; where the family sums in another order, within the rounding of that sum in each of the layers."""
     specs = layer_specs(config, config.model_type.removeprefix("kromhc_"))
     if all(spec.exact for spec in specs):
         assert torch.equal(actual, expected)
@@ -54,8 +58,8 @@ def test_logits_of_a_converted_model(model_type, position, num_streams, dtype):
 def test_training_mode_with_dropout(model_type, position):
     config = configuration(model_type, position)
     for name, value in config.to_dict().items():
-        if ("drop" in name or "pdrop" in name) and isinstance(value, int | float) and name != "layerdrop":
-            setattr(config, name, 0.3)
+        if "drop" in name and name != "layerdrop" and isinstance(value, int | float):
+            setattr(config, name, 0.0 if model_type in NO_ATTENTION_DROPOUT else 0.3)
     model = make_model(config).train()
     ids = token_ids(model.config)
     torch.manual_seed(5)
@@ -90,12 +94,42 @@ def generated(model, **options):
 def test_generation_with_cache_and_left_padding(model_type, position, cache):
     model = make_model(configuration(model_type, position))
     options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    if cache == "static" and (model_type, position) in NO_STATIC_CACHE:
+        with pytest.raises((RuntimeError, ValueError)):
+            generated(model, **options)
+        return
     native = generated(model, **options)
     apply_hyper_connections(model)
     converted = generated(model, **options)
     assert torch.equal(converted.sequences, native.sequences)
     for step, expected in zip(converted.logits, native.logits):
         assert_equal(step, expected, model.config)
+
+
+def cache_gap(model, ids):
+    """How far the logits of cached decoding are from those of one pass over the same tokens."""
+    answer = model.generate(
+        input_ids=ids,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    full = model(input_ids=answer.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    return ((torch.stack(answer.logits, 1) - full).abs().max() / full.abs().max()).item()
+
+
+@pytest.mark.parametrize(("model_type", "position"), VARIANTS)
+@torch.no_grad()
+def test_cache_where_streams_differ(model_type, position):
+    model = make_model(configuration(model_type, position))
+    ids = token_ids(model.config)
+    native = cache_gap(model, ids)
+    apply_hyper_connections(model)
+    separate_streams(model)
+    # The native gap is what one-token kernels round differently; mixing passes it on with a gain of a few.
+    assert cache_gap(model, ids) <= 8 * native + 32 * EPS[torch.float32]
 
 
 @pytest.mark.parametrize(("model_type", "position"), VARIANTS)
@@ -142,10 +176,25 @@ def test_save_and_load(model_type, position, tmp_path):
 
 
 def stored(folder) -> set[str]:
-    from safetensors import safe_open
-
     with safe_open(folder / "model.safetensors", "pt") as file:
         return set(file.keys())
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "jamba", "granitemoe", "lfm2_moe", "gpt_neox"])
+@torch.no_grad()
+def test_a_base_checkpoint_loads_through_its_weight_conversions(model_type, tmp_path):
+    config = configuration(model_type, 0)
+    native = make_model(config)
+    native.save_pretrained(tmp_path)
+    assert stored(tmp_path) - set(native.state_dict()), "the file should name its tensors otherwise than the model"
+    model, info = KromHCForCausalLM.from_pretrained(
+        tmp_path, config=KromHCConfig(backbone_config=config), output_loading_info=True
+    )
+    assert info["missing_keys"]
+    assert all("_hc." in name for name in info["missing_keys"])
+    assert not info["unexpected_keys"]
+    ids = token_ids(config)
+    assert torch.equal(model.eval()(input_ids=ids).logits, native(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize(("model_type", "position"), VARIANTS)
@@ -156,7 +205,7 @@ def test_recorded_outputs(model_type, position):
     model = make_model(config)
     ids = token_ids(config)
     options = {"output_hidden_states": True, "output_attentions": True, "use_cache": False, "labels": ids}
-    if hasattr(config, "output_router_logits"):
+    if hasattr(config, "output_router_logits") and getattr(config, "num_local_experts", 1):
         options["output_router_logits"] = True
     native = model(input_ids=ids, **options)
     apply_hyper_connections(model)

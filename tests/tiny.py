@@ -77,6 +77,12 @@ SPECIAL: dict[str, list[dict]] = {
             "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         }
     ],
+    "dots3_note_text": [
+        {
+            **dict.fromkeys(["swa_num_attention_heads", "swa_num_key_value_heads", "swa_qk_nope_head_dim"], 4),
+            **dict.fromkeys(["swa_q_lora_rank", "swa_kv_lora_rank", "swa_head_dim", "swa_v_head_dim"], 8),
+        }
+    ],
     "falcon": [
         {"new_decoder_architecture": False, "parallel_attn": False, "bias": True, "alibi": False},
         {"new_decoder_architecture": False, "parallel_attn": True, "multi_query": True, "alibi": True},
@@ -104,6 +110,7 @@ SPECIAL: dict[str, list[dict]] = {
         {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "residual_multiplier": 0.4},
         {**LINEAR_THEN_FULL, "num_local_experts": 0, "position_embedding_type": "rope"},
     ],
+    "granitemoe_swa": [{"shared_intermediate_size": 16, "residual_multiplier": 0.4}, {"shared_intermediate_size": 0}],
     "granitemoeshared": [{"shared_intermediate_size": 16, "residual_multiplier": 0.4}, {"shared_intermediate_size": 0}],
     "inkling_text": [{"mlp_layer_types": ["dense", "sparse", "sparse"], "local_layer_ids": [0, 2]}],
     "jamba": [{"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}],
@@ -141,7 +148,7 @@ SPECIAL: dict[str, list[dict]] = {
     "qwen3_next": [LINEAR_THEN_FULL],
     "recurrent_gemma": [{"attention_window_size": 8, "block_types": ["recurrent", "attention", "recurrent"]}],
     "stablelm": [{"use_parallel_residual": True}, {"use_parallel_residual": False}],
-    "xlstm": [{"num_blocks": 3, "num_heads": 4, "embedding_dim": 32}],
+    "xlstm": [{"num_blocks": 3, "num_heads": 4, "hidden_size": 128, "embedding_dim": 128, "chunk_size": 64}],
     "xglm": [{"d_model": 32, "num_layers": 3, "attention_heads": 4, "ffn_dim": 48}],
 }
 
