@@ -42,7 +42,8 @@ class KromHCConfig:
         hc_num_streams: number n of residual streams.
         hc_variant: parametrisation of the mixing matrix, see `kromhc_hf.mixing.VARIANTS`.
         hc_init: "identity" (a pretrained model keeps its function) or "paper" (training from scratch).
-        hc_readout: how the streams are joined before the final norm: "mean" or "sum", or with learned weights
+        hc_readout: how the streams are joined: "mean" or "sum" before the final norm, "norm_sum" after it (the authors'
+            own models, which normalise each stream), or before it with learned weights
             "softmax" (per stream), "sigmoid" (predicted from all streams) or "attention" (one query).
         hc_dynamic: whether the mappings depend on the token.
         hc_residual_logit: how strongly mixing leans towards the identity at the identity init.

@@ -64,7 +64,9 @@ class HyperConnectedLayer(nn.Module):
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
-        if self.hc_layer_index == self.hc_config.num_hidden_layers - 1:
+        # "norm_sum" is carried out by the model, after its final norm.
+        is_last = self.hc_layer_index == self.hc_config.num_hidden_layers - 1
+        if is_last and self.hc_config.hc_readout != "norm_sum":
             streams = self.read_out(streams)
         if self.spec.extras is None:
             return streams

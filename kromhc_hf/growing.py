@@ -60,9 +60,9 @@ def grow_streams(model: Any, factor: int = 2) -> Growth:
             "only models of variant 'kromhc' with at least 2 streams can be grown, since it adds a Kronecker factor; "
             f"got variant {config.hc_variant!r} with {before} streams. Give the base model more streams instead."
         )
-    if config.hc_readout == "sum":
+    if config.hc_readout in ("sum", "norm_sum"):
         raise ValueError(
-            f"readout 'sum' would multiply the final hidden state by {factor}; got a model with this readout. "
+            f"readout {config.hc_readout!r} would multiply the final hidden state by {factor}. "
             "Only models with a readout whose weights sum to 1 can be grown."
         )
     if isinstance(factor, bool) or not isinstance(factor, int) or factor < 2:

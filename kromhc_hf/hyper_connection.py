@@ -12,7 +12,7 @@ from .mixing_base import SINKHORN_ITERATIONS, snapped_sum
 
 
 INITS = ("identity", "paper")
-READOUTS = ("mean", "sum", "softmax", "sigmoid", "attention")
+READOUTS = ("mean", "sum", "norm_sum", "softmax", "sigmoid", "attention")
 
 INITIAL_ALPHA = 0.01
 
@@ -36,7 +36,7 @@ def readout(streams: Tensor, kind: str) -> Tensor:
     The mean of equal streams is bitwise that stream.
     """
     wide = streams.to(torch.promote_types(streams.dtype, torch.float32))
-    if kind == "sum":
+    if kind in ("sum", "norm_sum"):
         return wide.sum(-2).to(streams.dtype)
     first = wide[..., :1, :]
     return (first + (wide - first).mean(-2, keepdim=True)).squeeze(-2).to(streams.dtype)
@@ -63,10 +63,10 @@ def check_init(name: str, readout_kind: str = "mean") -> None:
         raise ValueError(f"init must be one of {', '.join(INITS)}; got {name!r}.")
     if readout_kind not in READOUTS:
         raise ValueError(f"readout must be one of {', '.join(READOUTS)}; got {readout_kind!r}.")
-    if name == "identity" and readout_kind == "sum":
+    if name == "identity" and readout_kind in ("sum", "norm_sum"):
         raise ValueError(
             "init 'identity' keeps the function of the base model only if the readout weights sum to 1; "
-            "got readout 'sum'. Use readout='mean', or init='paper' to train from scratch."
+            f"got readout {readout_kind!r}. Use readout='mean', or init='paper' to train from scratch."
         )
 
 

@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from .architectures import fit_layer, layer_specs, supported_model_types
 from .configuration import PREFIX, KromHCConfig, config_class
 from .decoder_layer import END_NAMES, HyperConnectedLayer, connect_layer
-from .hyper_connection import Float32Module
+from .hyper_connection import Float32Module, readout
 from .spec import LayerSpec, attribute
 
 
@@ -231,6 +231,8 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
             outputs["hidden_states"] = tuple(
                 last_layer.read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
             )
+        if self.config.hc_readout == "norm_sum" and plan_connections(self).owners[-1] is self:
+            _sum_normed_streams(outputs, self.config.hc_num_streams)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
@@ -248,6 +250,16 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
         if conversion is not None:
             register_checkpoint_conversion_mapping(new_key, conversion, overwrite=True)
     return type(name, (face, backbone_class), namespace)
+
+
+def _sum_normed_streams(outputs: Any, num_streams: int) -> None:
+    """Sums the streams of a base model's output after the final norm, in place."""
+    normed = outputs.last_hidden_state
+    # [B, S, n, C], or [B * n, S, C] with the same order in memory where the model restores its input's shape.
+    length = normed.shape[1]
+    outputs["last_hidden_state"] = readout(normed.reshape(-1, length, num_streams, normed.shape[-1]), "norm_sum")
+    if getattr(outputs, "hidden_states", None) is not None:
+        outputs["hidden_states"] = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
 
 
 def _listed(face: type[HyperConnectedModel], model_type: str) -> tuple[str, ...]:

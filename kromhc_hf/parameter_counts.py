@@ -36,7 +36,7 @@ def count_parameters(
             or with options that it does not have.
     """
     if published:
-        if not dynamic or stream_embedding or readout not in ("mean", "sum"):
+        if not dynamic or stream_embedding or readout not in ("mean", "sum", "norm_sum"):
             raise ValueError(
                 "published counts the official modules, which are dynamic, without stream embedding or learned "
                 f"readout; got dynamic={dynamic}, stream_embedding={stream_embedding}, readout={readout!r}. "

@@ -161,3 +161,48 @@ def official_connection(
     # They consume the matrix transposed.
     out = [sum(matrix[s, t] * streams[s] for s in range(n)) + h_post[t] * branch_output for t in range(n)]
     return torch.stack(out)
+
+
+def official_gpt(
+    variant: str, state: Mapping[str, Tensor], ids: Tensor, num_heads: int, num_layers: int, num_streams: int
+) -> Tensor:
+    """Logits [S, vocabulary] of the authors' nanoGPT-style model without biases for one sequence of ids [S]."""
+    hidden = state["transformer.wte.weight"][ids] + state["transformer.wpe.weight"][: len(ids)]
+    size = hidden.shape[-1]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return torch.nn.functional.layer_norm(x, (size,), state[name])
+
+    def attention(x: Tensor, block: str) -> Tensor:
+        x = norm(x, block + "branch_attn.0.weight")
+        query, key, value = (x @ state[block + "branch_attn.1.c_attn.weight"].T).split(size, dim=-1)
+        heads = []
+        for q, k, v in zip(*(part.chunk(num_heads, dim=-1) for part in (query, key, value)), strict=True):
+            scores = q @ k.T / math.sqrt(q.shape[-1])
+            hidden_future = torch.ones_like(scores).triu(1).bool()
+            heads.append(torch.softmax(scores.masked_fill(hidden_future, -math.inf), dim=-1) @ v)
+        return torch.cat(heads, dim=-1) @ state[block + "branch_attn.1.c_proj.weight"].T
+
+    def feed_forward(x: Tensor, block: str) -> Tensor:
+        x = norm(x, block + "branch_mlp.0.weight") @ state[block + "branch_mlp.1.c_fc.weight"].T
+        return torch.nn.functional.gelu(x) @ state[block + "branch_mlp.1.c_proj.weight"].T
+
+    streams = torch.stack([hidden] * num_streams, dim=1)  # [S, n, C]
+    for layer in range(num_layers):
+        block = f"transformer.h.{layer}."
+        for name, branch in (("hc_attn.", attention), ("hc_mlp.", feed_forward)):
+            prefix = block + name
+            module = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+            inputs = []
+
+            def record(x: Tensor, inputs: list[Tensor] = inputs) -> Tensor:
+                inputs.append(x)
+                return x
+
+            for token in streams:
+                official_connection(variant, module, token, record)
+            outputs = iter(branch(torch.stack(inputs), block))
+            streams = torch.stack(
+                [official_connection(variant, module, token, lambda _, o=outputs: next(o)) for token in streams]
+            )
+    return norm(streams, "transformer.ln_f.weight").sum(1) @ state["transformer.wte.weight"].T
