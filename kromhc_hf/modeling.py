@@ -227,7 +227,7 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
         return_dict = kwargs.pop("return_dict", None)
         outputs = backbone_forward(self, *args, return_dict=True, **kwargs)
         if getattr(outputs, "hidden_states", None) is not None:
-            last_layer: Any = plan_connections(self).layers[-1]
+            last_layer = [module for module in self.modules() if isinstance(module, HyperConnectedLayer)][-1]
             outputs["hidden_states"] = tuple(
                 last_layer.read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
             )
