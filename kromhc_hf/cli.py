@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from transformers.utils import logging
 
 from .conversion import convert_checkpoint
 from .demo import run_demo
+from .families_table import families_table
 from .verification import ConversionReport, verify_conversion
 
 
@@ -97,6 +99,25 @@ def demo(
     output.print(f"fine-tuned model: {report.model}", soft_wrap=True)
     if not report.conversion.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def families(as_json: AsJson = False) -> None:
+    """List the model types that are supported, and those that are refused with the reason."""
+    rows = families_table()
+    if as_json:
+        print(json.dumps([row._asdict() for row in rows], indent=2))
+        return
+    for supported, title in ((True, "supported"), (False, "refused")):
+        part = [row for row in rows if row.supported == supported]
+        table = Table(title=f"{len(part)} model types {title}", title_justify="left")
+        table.add_column("model type", no_wrap=True)
+        table.add_column("residual steps" if supported else "reason", overflow="fold")
+        if supported:
+            table.add_column("logits after conversion")
+        for row in part:
+            table.add_row(row.model_type, escape(row.description), *([row.exactness] if supported else []))
+        output.print(table)
 
 
 def _finish(report: ConversionReport, as_json: bool) -> None:

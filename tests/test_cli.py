@@ -9,6 +9,7 @@ import torch
 from tiny import configurations, make_model
 from transformers import AutoModelForCausalLM
 
+from kromhc_hf import supported_model_types
 from kromhc_hf.cli import main
 
 
@@ -98,6 +99,17 @@ def test_bad_input_exits_with_2(kromhc, base, tmp_path, arguments, message):
     assert message in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_families_lists_all_of_them(kromhc):
+    code, out, _ = kromhc("families", "--json")
+    rows = {row["model_type"]: row for row in json.loads(out)}
+    assert code == 0
+    assert {name for name, row in rows.items() if row["supported"]} == set(supported_model_types())
+    assert all(row["description"] for row in rows.values())
+    code, out, _ = kromhc("families")
+    assert code == 0
+    assert all(name in out for name in rows)
 
 
 def test_demo(kromhc, tmp_path):
