@@ -2,11 +2,14 @@
 
 from .architectures import supported_model_types
 from .configuration import KromHCConfig
+from .growing import grow_streams
 from .hyper_connection import HyperConnection, Mappings
 from .mixing import doubly_stochastic_error
 from .modeling import KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel
+from .parameter_counts import count_parameters
 from .patching import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
 from .reference import import_reference_state_dict
+from .reference_model import import_reference_checkpoint
 from .registration import register
 
 
@@ -20,8 +23,11 @@ __all__ = [
     "KromHCModel",
     "Mappings",
     "apply_hyper_connections",
+    "count_parameters",
     "doubly_stochastic_error",
+    "grow_streams",
     "has_hyper_connections",
+    "import_reference_checkpoint",
     "import_reference_state_dict",
     "remove_hyper_connections",
     "supported_model_types",
