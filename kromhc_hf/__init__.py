@@ -6,12 +6,15 @@ from typing import Any
 from .architectures import supported_model_types
 from .configuration import KromHCConfig
 from .conversion import convert_checkpoint
+from .growing import grow_streams
 from .hyper_connection import HyperConnection, Mappings
 from .inspection import record_mappings
 from .mixing import doubly_stochastic_error
 from .modeling import KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel
+from .parameter_counts import count_parameters
 from .patching import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
 from .reference import import_reference_state_dict
+from .reference_model import import_reference_checkpoint
 from .registration import register
 from .training import (
     HyperConnectionTrainerMixin,
@@ -36,10 +39,13 @@ __all__ = [
     "StreamMetricsCallback",
     "apply_hyper_connections",
     "convert_checkpoint",
+    "count_parameters",
     "doubly_stochastic_error",
     "freeze_backbone",
+    "grow_streams",
     "has_hyper_connections",
     "hyper_connection_state_dict",
+    "import_reference_checkpoint",
     "import_reference_state_dict",
     "optimizer_param_groups",
     "record_mappings",

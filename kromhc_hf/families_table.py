@@ -35,17 +35,10 @@ def families_table() -> list[FamilyRow]:
 
 
 def families_markdown() -> str:
-    """The table in Markdown, model types with the same pattern or reason in one line."""
-    rows = families_table()
-    lines = [
-        f"{len(SUPPORTED)} model types are supported. Where a line shows several layers, a model of the family has"
-    ]
-    lines += ["either kind, or both. `x` is what the layer reads, each `;` ends a residual step, and a converted model"]
-    lines += ["gives the logits of the original as the last column says.", ""]
-    lines += ["| model types | residual steps | logits |", "|---|---|---|"]
-    lines += [f"| {names} | {description} | {exactness} |" for names, description, exactness in _grouped(rows, True)]
-    lines += ["", f"{len(REFUSED)} are refused, each with its reason.", "", "| model types | reason |", "|---|---|"]
-    lines += [f"| {names} | {description} |" for names, description, _ in _grouped(rows, False)]
+    """The table in Markdown: supported model types by exactness, refused ones by reason."""
+    lines = [f"{len(SUPPORTED)} model types of `AutoModelForCausalLM` are supported:", ""]
+    lines += ["| logits after conversion | model types |", "|---|---|", *_grouped(supported=True)]
+    lines += ["", f"{len(REFUSED)} are refused:", "", "| reason | model types |", "|---|---|", *_grouped(supported=False)]
     return "\n".join(lines)
 
 
@@ -70,8 +63,11 @@ def layer_kinds(row: Row) -> tuple[LayerSpec, ...]:
 
 
 def describe(row: Row) -> str:
-    """The residual steps of a family: `self_attn(input_layernorm(x)); mlp(post_attention_layernorm(x))`."""
-    return "<br>".join(dict.fromkeys(f"`{'; '.join(map(_describe_step, spec.steps))}`" for spec in layer_kinds(row)))
+    """The residual steps of a family: `self_attn(input_layernorm(x)); mlp(post_attention_layernorm(x))`.
+
+    One line for each kind of layer that it has.
+    """
+    return "\n".join(dict.fromkeys("; ".join(map(_describe_step, spec.steps)) for spec in layer_kinds(row)))
 
 
 def _describe_step(step: Step) -> str:
@@ -95,13 +91,13 @@ def _describe_sublayer(sublayer: Sublayer) -> str:
     return text if sublayer.scale is None else f"{sublayer.scale} * {text}"
 
 
-def _grouped(rows: list[FamilyRow], supported: bool) -> list[tuple[str, str, str]]:
-    groups: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
+def _grouped(supported: bool) -> list[str]:
+    """One Markdown row per exactness or reason, the most frequent first."""
+    groups: dict[str, list[str]] = {}
+    for row in families_table():
         if row.supported == supported:
-            groups.setdefault((row.description, row.exactness), []).append(row.model_type)
-    ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[1]))
-    return [(", ".join(names), description, exactness) for (description, exactness), names in ordered]
+            groups.setdefault(row.exactness or row.description, []).append(row.model_type)
+    return [f"| {key} | {', '.join(names)} |" for key, names in sorted(groups.items(), key=lambda group: -len(group[1]))]
 
 
 if __name__ == "__main__":

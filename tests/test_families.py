@@ -125,16 +125,16 @@ def test_layers_read_by_no_name_of_a_family():
 def test_table_rows():
     rows = {row.model_type: row for row in families_table()}
     assert list(rows)[: len(SUPPORTED)] == list(supported_model_types())
-    assert rows["llama"].description == "`self_attn(input_layernorm(x)); mlp(post_attention_layernorm(x))`"
+    assert rows["llama"].description == "self_attn(input_layernorm(x)); mlp(post_attention_layernorm(x))"
     assert rows["llama"].exactness == "bitwise equal"
     assert rows["cohere"].exactness == "equal up to the rounding of one sum"
-    assert rows["granitemoe"].description.startswith("`residual_multiplier * self_attn(input_layernorm(x)); ")
+    assert rows["granitemoe"].description.startswith("residual_multiplier * self_attn(input_layernorm(x)); ")
     assert not rows["zamba"].supported
     assert rows["zamba"].description == REFUSED["zamba"]
-    assert (
-        describe(SUPPORTED["phi"])
-        == "`resid_dropout(self_attn(input_layernorm(x))) + resid_dropout(mlp(input_layernorm(x)))`"
+    assert describe(SUPPORTED["phi"]) == (
+        "resid_dropout(self_attn(input_layernorm(x))) + resid_dropout(mlp(input_layernorm(x)))"
     )
+    assert len(describe(SUPPORTED["lfm2"]).splitlines()) == 2
 
 
 def test_readme_shows_the_table():

@@ -108,17 +108,24 @@ def test_product_over_depth_is_doubly_stochastic(variant: str) -> None:
     assert doubly_stochastic_error(product) <= 48 * (bound(variant, 4) + 4 * EPS)
 
 
-def test_sinkhorn_errors_are_the_published_ones() -> None:
+def test_sinkhorn_normalises_columns_last_and_rows_only_nearly() -> None:
     mixing, errors = make_mixing("mhc", 4), []
     for deviation in (1, 4, 8):
         matrices = mixing.matrix(torch.randn(4096, 16) * deviation)
         assert (matrices.sum(-2) - 1).abs().max() <= 8 * EPS
-        errors.append((matrices.sum(-1) - 1).abs().max(-1).values)
-    assert errors[0].max() < 1e-2
-    assert [round(error.mean().item(), 3) for error in errors] == sorted(round(e.mean().item(), 3) for e in errors)
-    assert errors[2].max() > 0.1
+        errors.append((matrices.sum(-1) - 1).abs().max().item())
+    # Published for single matrices: 4e-4, .067, .185; the maximum depends on the sample.
+    assert 1e-5 < errors[0] < 1e-2 < errors[1] < 0.1 < errors[2] < 0.3
     more = make_mixing("mhc", 4, sinkhorn_iterations=200).matrix(torch.randn(256, 16))
     assert doubly_stochastic_error(more) < 1e-5
+
+
+def test_sinkhorn_error_over_24_branches_is_the_published_one() -> None:
+    mixing, product = make_mixing("mhc", 4), torch.eye(4).expand(256, 4, 4)
+    for _ in range(24):
+        product = mixing.matrix(mixing.initial_logits(8.0) + 2 * torch.randn(256, 16)) @ product
+    # About .05, with logits spread around the published initial ones.
+    assert 0.03 < (product.sum(-1) - 1).abs().amax(-1).mean() < 0.08
 
 
 def test_transposed_matrix_is_noticed() -> None:
