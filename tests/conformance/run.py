@@ -21,6 +21,8 @@ NOT_SHORT = ("test_eager_matches_sdpa_inference", "test_get_", "test_training_ov
 
 def timed(case: tuple[str, str]) -> tuple[str, str, Outcome, float]:
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     start = time.perf_counter()
     return *case, run_case(*case), time.perf_counter() - start
 
