@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from .families import REFUSED, SUPPORTED
+from .families import SUPPORTED
+from .refusals import REFUSED
 from .spec import ByConfig, LayerSpec, attribute, forward_parameters
 
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from .families import REFUSED, SUPPORTED
+from .families import SUPPORTED
+from .refusals import REFUSED
 from .spec import ByConfig, LayerSpec, Row, Step, Sublayer
 
 

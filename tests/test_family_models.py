@@ -34,7 +34,8 @@ def assert_equal(actual, expected, config, dtype=torch.float32):
     if all(spec.exact for spec in specs):
         assert torch.equal(actual, expected)
     else:
-        limit = 8 * EPS[dtype] * expected.abs().max()
+        # At most half a unit per layer and sum, three layers, which the logits' own gain of about two doubles.
+        limit = 4 * EPS[dtype] * expected.abs().max()
         assert (actual - expected).abs().max() <= limit
 
 
@@ -136,7 +137,9 @@ def test_cache_where_streams_differ(model_type, position):
 def test_checkpointed_gradients(model_type, position):
     model = make_model(configuration(model_type, position))
     if not model.supports_gradient_checkpointing:
-        pytest.skip("no gradient checkpointing in the native model either")
+        with pytest.raises(ValueError, match="does not support activation checkpointing"):
+            model.gradient_checkpointing_enable()
+        return
     apply_hyper_connections(model)
     separate_streams(model)
     ids = token_ids(model.config)

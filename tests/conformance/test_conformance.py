@@ -1,0 +1,41 @@
+"""A short part of transformers' own tests on KromHC; the whole is `make conformance`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from distribution import download, fetch_suite
+
+
+RUN = Path(__file__).with_name("run.py")
+
+
+@pytest.fixture(scope="session")
+def suite():
+    return fetch_suite()
+
+
+# In a process of its own: the suite changes what transformers does, and has pytest markers of its own.
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gpt_neox", "mixtral", "gemma2"])
+def test_common_tests_of_transformers(family, suite):
+    command = [sys.executable, str(RUN), "--short", "--family", family, "--jobs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed, 0 failures of ours", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= 50
+
+
+def test_a_distribution_that_cannot_be_fetched_fails_with_a_message(tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)need the source distribution of transformers 0\.0\.0\.dev1.*put transformers"
+    ):
+        download("0.0.0.dev1", tmp_path)
+
+
+def test_the_suite_is_the_one_of_the_installed_version(suite):
+    assert suite.parent.name == f"transformers-{transformers.__version__}"
+    assert (suite / "test_training_mixin.py").is_file()
