@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests clean
+.PHONY: demo test lint types tests conformance clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -29,6 +29,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --constraint constraints.txt --editable ".[dev]"
 	@touch $@
+
+conformance: $(READY)
+	$(BIN)/python tests/conformance/run.py --write docs/conformance.md
 
 clean:
 	rm -rf $(VENV) demo-output dist build .pytest_cache .mypy_cache .ruff_cache

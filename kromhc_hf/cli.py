@@ -87,7 +87,7 @@ def verify(
 @app.command()
 def demo(
     directory: Annotated[Path, typer.Option("--output", help="Folder for the results.")] = Path("demo-output"),
-    steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 150,
+    steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 100,
 ) -> None:
     """Convert, verify, fine-tune, save and reload a tiny model that comes with the package."""
     report = run_demo(directory, steps=steps, console=messages)
