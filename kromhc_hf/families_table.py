@@ -39,7 +39,8 @@ def families_markdown() -> str:
     """The table in Markdown: supported model types by exactness, refused ones by reason."""
     lines = [f"{len(SUPPORTED)} model types of `AutoModelForCausalLM` are supported:", ""]
     lines += ["| logits after conversion | model types |", "|---|---|", *_grouped(supported=True)]
-    lines += ["", f"{len(REFUSED)} are refused:", "", "| reason | model types |", "|---|---|", *_grouped(supported=False)]
+    lines += ["", f"{len(REFUSED)} are refused:", ""]
+    lines += ["| reason | model types |", "|---|---|", *_grouped(supported=False)]
     return "\n".join(lines)
 
 
@@ -98,7 +99,8 @@ def _grouped(supported: bool) -> list[str]:
     for row in families_table():
         if row.supported == supported:
             groups.setdefault(row.exactness or row.description, []).append(row.model_type)
-    return [f"| {key} | {', '.join(names)} |" for key, names in sorted(groups.items(), key=lambda group: -len(group[1]))]
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [f"| {key} | {', '.join(names)} |" for key, names in ordered]
 
 
 if __name__ == "__main__":

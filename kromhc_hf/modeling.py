@@ -86,6 +86,20 @@ class HyperConnectedModel:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Tensor and data parallelism as transformers does it; pipeline stages pass `[B, S, C]`, which streams are not.
+
+        Raises:
+            ValueError: for pipeline parallelism.
+        """
+        if getattr(distributed_config, "pp_size", None) not in (None, 1):
+            raise ValueError(
+                f"pp_size must be 1 for a model with hyper-connections, whose layers pass on [B, S, n, C] where "
+                f"pipeline stages expect [B, S, C]; got {distributed_config.pp_size}. Use tp_size or fsdp_size."
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)  # type: ignore[misc]
+
     # These look at the source file of the class, and it is the family's file that they are about. Custom code would
     # also skip weight conversions and part of the initialisation.
     @classmethod

@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.distributed import DistributedConfig
 
 from kromhc_hf import (
     KromHCConfig,
@@ -182,6 +183,12 @@ def test_text_generation_pipeline(shared):
     apply_hyper_connections(model)
     after = pipeline("text-generation", model=model, tokenizer=tokenizer)("Once upon a time", **options)
     assert after == before
+
+
+def test_pipeline_parallelism_is_refused():
+    model = apply_hyper_connections(make_model(configurations("llama")[0]))
+    with pytest.raises(ValueError, match=r"pp_size must be 1 .*; got 2\. Use tp_size or fsdp_size"):
+        type(model).maybe_distribute_model(model, DistributedConfig(pp_size=2))
 
 
 def test_import_loads_no_model_family():
