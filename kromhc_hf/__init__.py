@@ -1,6 +1,7 @@
 """Manifold-constrained hyper-connections for the causal language models of Hugging Face transformers."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from .architectures import supported_model_types
@@ -13,9 +14,11 @@ from .mixing import doubly_stochastic_error
 from .modeling import KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel
 from .parameter_counts import count_parameters
 from .patching import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
+from .peft_registration import register_with_peft
 from .reference import import_reference_state_dict
 from .reference_model import import_reference_checkpoint
 from .registration import register
+from .sharding import shard_hyper_connections
 from .training import (
     HyperConnectionTrainerMixin,
     freeze_backbone,
@@ -35,6 +38,7 @@ __all__ = [
     "KromHCForCausalLM",
     "KromHCForSequenceClassification",
     "KromHCModel",
+    "KromHCPeftConfig",
     "Mappings",
     "StreamMetricsCallback",
     "apply_hyper_connections",
@@ -50,18 +54,23 @@ __all__ = [
     "optimizer_param_groups",
     "record_mappings",
     "remove_hyper_connections",
+    "shard_hyper_connections",
     "supported_model_types",
     "verify_conversion",
 ]
 
-# Trainer and PEFT take seconds to import, and PEFT is optional.
-_ON_DEMAND = {"StreamMetricsCallback": ".metrics"}
+register()
+register_with_peft()
+
+# Imported when asked for: the first needs transformers' Trainer, the second the optional package peft.
+_LAZY = {"StreamMetricsCallback": ".metrics", "KromHCPeftConfig": ".peft_method"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_DEMAND:
-        return getattr(import_module(_ON_DEMAND[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-register()
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "KromHCPeftConfig" and find_spec("peft") is None:
+        raise ImportError(
+            "KromHCPeftConfig needs the package peft, which is not installed: pip install 'kromhc-hf[peft]'."
+        )
+    return getattr(import_module(_LAZY[name], __name__), name)

@@ -162,20 +162,34 @@ def _arguments(layer: nn.Module, sublayer: Sublayer, name: str) -> Arguments:
     )
 
 
-@functools.cache
-def _layer_class(
-    layer_class: Any, spec: LayerSpec, arguments: tuple[tuple[str, Arguments], ...]
-) -> type[HyperConnectedLayer]:
-    name = f"KromHC{layer_class.__name__}"
-    namespace = {
-        "__module__": __name__,
-        "__qualname__": name,
+LayerArguments = tuple[tuple[str, Arguments], ...]
+
+
+def layer_arguments(layer: nn.Module, spec: LayerSpec) -> LayerArguments:
+    """For each module of a layer that takes the layer's arguments, which of them reach it."""
+    return tuple(
+        (name, _arguments(layer, sublayer, name))
+        for sublayer in spec.sublayers
+        if sublayer.attention
+        for name in sublayer.modules
+    )
+
+
+def layer_namespace(layer_class: Any, spec: LayerSpec, arguments: LayerArguments) -> dict[str, Any]:
+    """The class attributes that `HyperConnectedLayer.forward` reads, for a family's decoder layer."""
+    return {
         "__doc__": f"{layer_class.__name__} with hyper-connections.",
         "layer_class": layer_class,
         "spec": spec,
         "positional_names": forward_parameters(layer_class)[0][1:],  # after hidden_states
         "arguments": dict(arguments),
     }
+
+
+@functools.cache
+def _layer_class(layer_class: Any, spec: LayerSpec, arguments: LayerArguments) -> type[HyperConnectedLayer]:
+    name = f"KromHC{layer_class.__name__}"
+    namespace = {"__module__": __name__, "__qualname__": name, **layer_namespace(layer_class, spec, arguments)}
     return type(name, (HyperConnectedLayer, layer_class), namespace)
 
 
@@ -186,17 +200,11 @@ def _restored(*made_from: Any) -> HyperConnectedLayer:
 
 def connect_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> None:
     """Turns a checked decoder layer into its hyper-connected class, in place, and adds the hyper-connections."""
-    arguments = tuple(
-        (name, _arguments(layer, sublayer, name))
-        for sublayer in spec.sublayers
-        if sublayer.attention
-        for name in sublayer.modules
-    )
     # Where loading builds the model on the meta device, a family may still have real tensors of its own.
     devices = {parameter.device.type: parameter.device for parameter in layer.parameters()}
     device = devices.get("meta", next(layer.parameters()).device)
     layer_class: Any = type(layer)
-    layer.__class__ = _layer_class(layer_class, spec, arguments)
+    layer.__class__ = _layer_class(layer_class, spec, layer_arguments(layer, spec))
     layer.hc_config, layer.hc_layer_index = config, position
     for step, name in enumerate(spec.names):
         hyper_connection = HyperConnection(

@@ -5,6 +5,7 @@ attention backends, tied weights and parallelism plans are inherited and never w
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -210,12 +211,14 @@ def connect(model: Any, plan: ConnectionPlan) -> None:
     for position, (layer, spec) in enumerate(zip(plan.layers, plan.check())):
         connect_layer(layer, spec, model.config, position)
     layer_names = {type(layer).__name__ for layer in plan.layers}
+    native_names = {layer.layer_class.__name__ for layer in plan.layers}  # type: ignore[union-attr]
     for owner in plan.owners:
         if not isinstance(owner, HyperConnectedModel):
             owner.__class__ = model_class(type(owner), type(model.config))
         # Keyed by class: without it, recorded outputs silently vanish after the swap.
         _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
-        owner._no_split_modules = {*(owner._no_split_modules or ()), *layer_names}
+        # FSDP wrapping refuses a name that no module of the model has, so the family's own goes.
+        owner._no_split_modules = {*(owner._no_split_modules or ())} - native_names | layer_names
         owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.names}
 
 
@@ -227,12 +230,8 @@ def model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     return _model_class(backbone_class, config_type)
 
 
-@functools.cache
-def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
-    model_type = config_type.backbone_config_class.model_type
-    face = next((face for face in FACES if backbone_class.__name__ in _listed(face, model_type)), HyperConnectedModel)
-    name = _class_name(backbone_class, config_type.backbone_config_class)
-    backbone_forward = backbone_class.forward
+def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward whose recorded hidden states are read out, `[B, S, n, C]` -> `[B, S, C]`."""
 
     # Trainer, generate and pipelines read the signature.
     @functools.wraps(backbone_forward)
@@ -245,18 +244,26 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
             outputs["hidden_states"] = tuple(
                 last_layer.read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
             )
-        if self.config.hc_readout == "norm_sum" and plan_connections(self).owners[-1] is self:
+        if getattr(self.config, "hc_readout", None) == "norm_sum" and plan_connections(self).owners[-1] is self:
             _sum_normed_streams(outputs, self.config.hc_num_streams)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
+    return forward
+
+
+@functools.cache
+def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
+    model_type = config_type.backbone_config_class.model_type
+    face = next((face for face in FACES if backbone_class.__name__ in _listed(face, model_type)), HyperConnectedModel)
+    name = _class_name(backbone_class, config_type.backbone_config_class)
     namespace = {
         "__module__": __name__,
         "__qualname__": name,
         "__doc__": f"{backbone_class.__name__} with hyper-connections.",
         "config_class": config_type,
         "backbone_class": backbone_class,
-        "forward": forward,
+        "forward": with_readout(backbone_class.forward),
     }
     # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
     for key, new_key in ((backbone_class.__name__, name), (model_type, config_type.model_type)):

@@ -83,6 +83,7 @@ def remove_hyper_connections(model: Any) -> Any:
         raise ValueError(f"model must have hyper-connections to remove; got {type(model).__name__} without them.")
     plan = plan_connections(model)
     layer_names = {type(layer).__name__ for layer in plan.layers}
+    native_names = {layer.layer_class.__name__ for layer in plan.layers}  # type: ignore[union-attr]
     _replace_config(model, model.config.to_backbone_config())
     for layer in plan.layers:
         assert isinstance(layer, HyperConnectedLayer)
@@ -90,7 +91,7 @@ def remove_hyper_connections(model: Any) -> Any:
     for owner in plan.owners:
         owner.__class__ = owner.backbone_class
         _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
-        owner._no_split_modules = set(owner._no_split_modules) - layer_names
+        owner._no_split_modules = set(owner._no_split_modules) - layer_names | native_names
         owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - plan.names
     return model
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .hyper_connection import HyperConnection
+from .hyper_connection import Float32Module
 
 
 # 3e-3 for the connectors beside 1e-4 for LoRA on the backbone: "mHC for PEFT", arXiv 2607.18130.
@@ -12,7 +12,7 @@ LEARNING_RATE_RATIO = 30.0
 
 
 def hyper_connection_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all hyper-connections of a model, wrapped or not, in the order of the modules.
+    """The parameters of all hyper-connections and learned ends of the streams, wrapped or not, in the order of modules.
 
     Raises:
         ValueError: if there are none.
@@ -21,7 +21,7 @@ def hyper_connection_parameters(model: nn.Module) -> list[nn.Parameter]:
     connections = [
         module
         for path, module in model.named_modules()
-        if isinstance(module, HyperConnection) and "original_module" not in path.split(".")
+        if isinstance(module, Float32Module) and "original_module" not in path.split(".")
     ]
     parameters = [parameter for connection in connections for parameter in connection.parameters()]
     if not parameters:
@@ -142,7 +142,7 @@ def hyper_connection_state_dict(model: nn.Module) -> dict[str, Tensor]:
     tensors = {
         f"{path}.{name}": parameter.detach()
         for path, module in model.named_modules()
-        if isinstance(module, HyperConnection)
+        if isinstance(module, Float32Module)
         for name, parameter in module.named_parameters()
     }
     return {
