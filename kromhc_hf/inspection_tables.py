@@ -4,7 +4,7 @@ from .checkpoint_inspection import Inspection, mean_mapping
 
 
 # Narrow enough for four streams on a terminal of 80 columns.
-BRANCH_COLUMNS = ("branch", "H_pre", "H_post", "off identity", "sum error", "spread")
+BRANCH_COLUMNS = ("branch", "H_pre", "H_post", "off\nidentity", "sum\nerror", "spread")
 
 
 def short_name(branch: str) -> str:
@@ -16,8 +16,8 @@ def short_name(branch: str) -> str:
 def branch_rows(inspection: Inspection) -> list[tuple[str, ...]]:
     """One row per branch, under `BRANCH_COLUMNS`.
 
-    Read and write weights of every stream, means over the tokens; off-identity mass as a share; doubly stochastic error;
-    stream spread as a share of their size.
+    Read and write weights of every stream, means over the tokens; off-identity mass as a share; doubly stochastic
+    error; stream spread as a share of their size.
     """
     rows = []
     for name, record in inspection.records.items():

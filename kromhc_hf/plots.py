@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Inches; texts of 9 points stay readable when a figure is scaled down to a phone of 400 pixels.
-WIDTH, SMALL = 4.7, 1.75
+WIDTH, SMALL = 4.0, 1.75
 TOKEN_WIDTH = 0.17
 MOST_TICKS = 16
 # Both go from dark to light without a turn, and are told apart with every kind of colour blindness.
@@ -180,40 +180,48 @@ def curves_figure(
         floor: makes the y axis logarithmic above this value and linear below, so that 0 can be shown.
         span: the least that the y axis spans, so that rounding does not look like a signal.
     """
-    figure = new_figure(WIDTH, 3.1 + 0.18 * (len(curves) // 3))
+    figure = new_figure(WIDTH, 2.6 + 0.17 * (len(curves) + bool(earlier)) / 2)
     panel = figure.subplots()
     depth = range(len(branches))
     for i, (name, values) in enumerate(curves):
-        panel.plot(depth, values, color=SERIES[i], marker="osD^vX"[i], markersize=3.5, linewidth=1.4, label=name)
-    for i, (name, values) in enumerate(earlier):
+        # Later curves are thinner, so that equal ones can all be seen.
+        left = len(curves) - 1 - i
+        sizes = {"markersize": 3 + 0.6 * left, "linewidth": 1.3 + 0.5 * left}
+        panel.plot(depth, values, color=SERIES[i], marker="osD^vX"[i], label=name, **sizes)  # type: ignore[arg-type]
+    for i, (_, values) in enumerate(earlier):
         style_of = {"color": SERIES[i], "linestyle": "--", "linewidth": 1.2}
-        panel.plot(depth, values, **style_of, label=f"{name}, before")  # type: ignore[arg-type]
+        panel.plot(depth, values, **style_of, label="before" if i == 0 else None)  # type: ignore[arg-type]
     if floor is not None:
         panel.set_yscale("symlog", linthresh=floor)
         panel.set_ylim(bottom=-floor / 4)
     low, high = panel.get_ylim()
     if floor is None and high - low < span:
         panel.set_ylim((low + high - span) / 2, (low + high + span) / 2)
-    panel.ticklabel_format(axis="y", useOffset=False) if floor is None else None
+    if floor is None:
+        panel.ticklabel_format(axis="y", useOffset=False)
     panel.set_ylabel(label, fontsize=9)
     name_branches(panel, branches)
     style(panel)
-    legend = figure.legend(loc="outside upper left", ncols=2, fontsize=8.5, frameon=False, labelcolor=INK)
-    legend.set_in_layout(True)
+    if len(curves) + len(earlier) > 1:
+        figure.legend(loc="outside upper left", ncols=2, fontsize=8.5, frameon=False, labelcolor=INK)
     return figure
 
 
 def token_map_figure(values: Tensor, branches: Sequence[str], tokens: Sequence[str], label: str) -> "Figure":
     """A value per branch and token as a heat map `[branches, S]`, with the tokens under it."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(1.3 + TOKEN_WIDTH * len(tokens), 1.75 + 0.17 * len(branches))
     panel = figure.subplots()
     image = panel.imshow(values.numpy(), vmin=0, cmap=SEQUENTIAL, aspect="auto", interpolation="none")
+    # Short enough to be seen at once on a phone.
+    share = min(1, 12 / len(tokens))
     bar = figure.colorbar(
-        image, ax=panel, location="top", anchor=(0.0, 0.0), shrink=min(1, 22 / len(tokens)), aspect=30
+        image, ax=panel, location="top", anchor=(0.0, 0.0), shrink=share, aspect=24, ticks=MaxNLocator(3)
     )
     bar.set_label(label, fontsize=9, color=INK, loc="left")
     style(bar.ax, grid=False)
-    panel.set_xticks(range(len(tokens)), [visible(token) for token in tokens], rotation=90, family="monospace")
+    panel.set_xticks(range(len(tokens)), [visible(token) for token in tokens], rotation=90)
     for text in panel.get_xticklabels():
         # A dollar sign in the text is no formula.
         text.set_parse_math(False)

@@ -4,12 +4,13 @@ import json
 import warnings
 from collections.abc import Callable
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 from .checkpoint_inspection import Inspection
 from .inspection_tables import BRANCH_COLUMNS, branch_rows, total_rows
 from .plots import require_matplotlib
-from .report_sections import Section, sections
+from .report_sections import Picture, Section, sections
 from .themed_svg import css_variables, to_svg
 
 
@@ -27,12 +28,12 @@ figure{margin:0;background:var(--card);border-radius:8px;padding:8px;min-width:0
 svg{display:block;width:100%;height:auto;margin:0 auto}
 svg text{font-family:system-ui,sans-serif!important}
 .small{display:grid;gap:8px;grid-template-columns:repeat(auto-fill,minmax(160px,1fr))}
-.small svg,.large svg{max-width:calc(1.35*var(--width))}
-.large{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
+.small svg{max-width:calc(1.35*var(--width))}
+.large svg{max-width:calc(1.6*var(--width))}
+.large{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));margin-top:12px}
 .scale{max-width:420px;margin:0 0 8px}
 .scroll{overflow-x:auto;margin:0 0 12px}
 .scroll svg{width:var(--width);max-width:none;margin:0}
-.scroll svg text{font-family:ui-monospace,monospace!important}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid var(--grid);vertical-align:top}
 .branches td{white-space:nowrap}
@@ -81,7 +82,7 @@ def report_html(
                 # The browser has the letters that matplotlib's own font lacks.
                 warnings.filterwarnings("ignore", message="Glyph .* missing")
                 svg = to_svg(picture.draw(), f"f{done}", picture.label)
-            figures.append((picture.kind, f"<figure>{svg}</figure>"))
+            figures.append((picture, f"<figure>{svg}</figure>"))
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -101,23 +102,23 @@ def report_html(
     )
 
 
-def _section(part: Section, figures: list[tuple[str, str]]) -> str:
-    html, kind = [f"<section><h2>{escape(part.title)}</h2><p>{escape(part.text)}</p>"], None
-    for picture_kind, figure in figures:
-        if picture_kind != kind or kind == "scroll":
-            if kind is not None:
-                html.append("</div>")
+def _section(part: Section, figures: list[tuple[Picture, str]]) -> str:
+    html = [f"<section><h2>{escape(part.title)}</h2>", f"<p>{escape(part.text)}</p>" if part.text else ""]
+    for kind, group in groupby(figures, key=lambda pair: pair[0].kind):
+        if kind == "scroll":
             # What scrolls can be reached with the keyboard.
-            focus = ' tabindex="0" role="region" aria-label="scrolls sideways"' if picture_kind == "scroll" else ""
-            html.append(f'<div class="{picture_kind}"{focus}>')
-            kind = picture_kind
-        html.append(figure)
-    return "".join([*html, "</div>" if kind else "", "</section>"])
+            for picture, figure in group:
+                label = escape(picture.label)
+                region = f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
+                html.append(f"<h3>{label}</h3>{region}{figure}</div>")
+        else:
+            html.append(f'<div class="{kind}">{"".join(figure for _, figure in group)}</div>')
+    return "".join([*html, "</section>"])
 
 
 def _totals(inspection: Inspection, before: Inspection | None) -> str:
     rows = total_rows(inspection)
-    columns = [dict(total_rows(before)) if before else {}, dict(rows)] if before else [dict(rows)]
+    columns = [dict(total_rows(model)) for model in (before, inspection) if model is not None]
     head = "<tr><th></th><th>before</th><th>after</th></tr>" if before else ""
     body = "".join(
         f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(column[name])}</td>' for column in columns)}</tr>"

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_PRODUCTS = 4
+TOKENS = (
+    "Dynamic mappings depend on the token. Bright cells are tokens at which a branch reads, writes or mixes unlike "
+    "its own average. Each picture has a scale of its own."
+)
+READING = (
+    "A branch reads the sum of the streams with weights H_pre, and its output is added to every stream with weight "
+    "H_post. A plain residual connection reads with weights that sum to 1 and writes with 1."
+)
+MIXING = (
+    "Each square is the mixing matrix of one residual branch. Row i says where stream i comes from: the weight of "
+    "every stream j in it. A bright diagonal means that the streams keep to themselves; off-identity mass is the "
+    "share of a stream that comes from the others."
+)
 
 
 @dataclass(frozen=True)
@@ -76,13 +90,16 @@ def weight_limits(matrices: Sequence[Tensor]) -> tuple[tuple[float, float], str]
     return (-bound, bound), DIVERGING
 
 
-def _matrices(titles: Sequence[str], matrices: Sequence[Tensor], what: str, label: str) -> list[Picture]:
-    limits, colours = weight_limits(matrices)
+def _matrices(
+    titles: Sequence[str], matrices: Sequence[Tensor], what: str, limits: tuple[float, float], colours: str
+) -> list[Picture]:
+    label = "weight (no unit), mean over tokens"
+    scale = Picture("scale", f"colour scale: {label}", partial(scale_figure, label, limits, colours))
     return [
-        Picture("scale", f"colour scale: {label}", lambda: scale_figure(label, limits, colours)),
+        scale,
         *(
-            Picture("small", f"{what}, {title}", lambda m=m, t=title: matrix_figure(m, t, limits, colours))  # type: ignore[misc]
-            for title, m in zip(titles, matrices)
+            Picture("small", f"{what}, {title}", partial(matrix_figure, matrix, title, limits, colours))
+            for title, matrix in zip(titles, matrices)
         ),
     ]
 
@@ -91,7 +108,7 @@ def _mixing(inspection: Inspection, which: str, before: Inspection | None = None
     names = list(inspection.records)
     means = [mean_mapping(record.h_res) for record in inspection.records.values()]
     titles = [short_name(name) for name in names]
-    pictures = _matrices(titles, means, "mean H_res", "weight (no unit), mean over tokens")
+    pictures = _matrices(titles, means, "mean H_res", *weight_limits(means))
     if which != "before":
         pictures.append(
             _curves(
@@ -100,9 +117,7 @@ def _mixing(inspection: Inspection, which: str, before: Inspection | None = None
         )
     return Section(
         _titled("How the streams mix: H_res", which),
-        "Each square is the mixing matrix of one residual branch. Row i says where stream i comes from: the weight of "
-        "every stream j in it. A bright diagonal means that the streams keep to themselves; off-identity mass is the "
-        "share of a stream that comes from the others.",
+        "" if which == "before" else MIXING,
         pictures,
     )
 
@@ -111,18 +126,13 @@ def _change(inspection: Inspection, before: Inspection) -> Section:
     pairs = zip(inspection.records.values(), before.records.values())
     changes = [mean_mapping(record.h_res) - mean_mapping(old.h_res) for record, old in pairs]
     bound = max(0.01, *(change.abs().max().item() for change in changes))
-    label = "change of weight (no unit)"
-    pictures = [Picture("scale", f"colour scale: {label}", lambda: scale_figure(label, (-bound, bound), DIVERGING))]
-    for name, change in zip(inspection.records, changes):
-        title = short_name(name)
-        pictures.append(
-            Picture(
-                "small",
-                f"change of mean H_res, {title}",
-                lambda c=change, t=title: matrix_figure(c, t, (-bound, bound), DIVERGING),  # type: ignore[misc]
-            )
-        )
-    return Section("How the mixing has changed: after minus before", "Rows and columns of a change sum to 0.", pictures)
+    titles = [short_name(name) for name in inspection.records]
+    pictures = _matrices(titles, changes, "change of mean H_res", (-bound, bound), DIVERGING)
+    return Section(
+        "How the mixing has changed: after minus before",
+        "Violet: a stream takes more from another than before; orange: it takes less.",
+        pictures,
+    )
 
 
 def _reading_and_writing(inspection: Inspection, which: str) -> Section:
@@ -132,17 +142,11 @@ def _reading_and_writing(inspection: Inspection, which: str) -> Section:
         values = torch.stack([mean_mapping(getattr(record, key)) for record in inspection.records.values()])
         limits = (min(0.0, values.min().item()), max(top, values.max().item()))
         label = f"{symbol}: weight (no unit), mean over tokens"
-        pictures.append(
-            Picture(
-                "large",
-                f"{symbol} over depth",
-                lambda v=values, s=label, b=limits: depth_map_figure(v, names, s, b),  # type: ignore[misc]
-            )
-        )
+        draw = partial(depth_map_figure, values, names, label, limits)
+        pictures.append(Picture("large", f"{symbol} over depth", draw))
     return Section(
         _titled("What branches read and write: H_pre and H_post", which),
-        "A branch reads the sum of the streams with weights H_pre, and its output is added to every stream with weight "
-        "H_post. A plain residual connection reads with weights that sum to 1 and writes with 1.",
+        "" if which == "before" else READING,
         pictures,
     )
 
@@ -156,11 +160,14 @@ def _products(inspection: Inspection, before: Inspection | None) -> Section:
     ends = [f"{short_name(names[0])} to {short_name(names[i])}" for i in forwards]
     starts = [f"{short_name(names[i])} to {short_name(names[-1])}" for i in backwards]
     titles = [
-        *(f"{end}\ngain {inspection.over_depth('forward_gain')[i]:.4f}" for end, i in zip(ends, forwards)),
-        *(f"{start}\nback {inspection.over_depth('backward_gain')[i]:.4f}" for start, i in zip(starts, backwards)),
+        *(f"{end}\nforward gain {inspection.over_depth('forward_gain')[i]:.4f}" for end, i in zip(ends, forwards)),
+        *(
+            f"{start}\nbackward gain {inspection.over_depth('backward_gain')[i]:.4f}"
+            for start, i in zip(starts, backwards)
+        ),
     ]
     matrices = [mean_mapping(forward[i]) for i in forwards] + [mean_mapping(backward[i]) for i in backwards]
-    pictures = _matrices(titles, matrices, "product of H_res", "weight (no unit), mean over tokens")
+    pictures = _matrices(titles, matrices, "product of H_res", *weight_limits(matrices))
     keys = ["forward_gain", "backward_gain"]
     own = [
         ("composite, forward", inspection.over_depth(keys[0])),
@@ -172,13 +179,8 @@ def _products(inspection: Inspection, before: Inspection | None) -> Section:
     old = [] if before is None else [(name, before.over_depth(key)) for (name, _), key in zip(own, keys)]
     top = max(max(values) for _, values in [*own, *old])
     floor = 1e-2 if top > 20 else None
-    pictures.append(
-        Picture(
-            "large",
-            "gain over depth",
-            lambda: curves_figure(own, names, "gain (factor)", earlier=old, floor=floor, span=0.02),
-        )
-    )
+    draw = partial(curves_figure, own, names, "gain (factor)", earlier=old, floor=floor, span=0.02)
+    pictures.append(Picture("large", "gain over depth", draw))
     return Section(
         "What all mixing together does: the product over depth",
         "A signal passes through the product of all mixing matrices before it, and a gradient through the transpose of "
@@ -196,7 +198,7 @@ def _sum_errors(inspection: Inspection, before: Inspection | None) -> Section:
     curves += [(f"{variant}, random", errors) for variant, errors in compared.items() if variant != "identity"]
     old = [] if before is None else [("this model", before.sum_errors)]
     label = "|sum - 1| (no unit, log scale)"
-    draw: Any = lambda: curves_figure(curves, names, label, earlier=old, floor=1e-8)  # noqa: E731
+    draw = partial(curves_figure, curves, names, label, earlier=old, floor=1e-8)
     return Section(
         "Are row and column sums kept? By variant",
         "How far the row and column sums of the product over depth are from 1, the largest one at the worst token: for "
@@ -239,11 +241,12 @@ def _curves(
     label: str, axis: str, keys: Sequence[str], inspection: Inspection, before: Inspection | None, span: float
 ) -> Picture:
     def curves(source: Inspection | None) -> list[tuple[str, list[float]]]:
-        return [] if source is None else [(key.replace("_", " "), source.over_depth(key)) for key in keys]
+        name = "after" if len(keys) == 1 else None
+        return [] if source is None else [(name or key.removeprefix("stream_"), source.over_depth(key)) for key in keys]
 
     own, old = curves(inspection), curves(before)
     names = list(inspection.records)
-    return Picture("large", label, lambda: curves_figure(own, names, axis, earlier=old, span=span))
+    return Picture("large", label, partial(curves_figure, own, names, axis, earlier=old, span=span))
 
 
 def _tokens(inspection: Inspection, which: str) -> Section:
@@ -262,17 +265,11 @@ def _tokens(inspection: Inspection, which: str) -> Section:
     pictures = []
     for symbol, variation in variations.items():
         if variation.any():
-            label = f"{symbol}: mean |weight - mean over tokens| (no unit)"
-            pictures.append(
-                Picture(
-                    "scroll",
-                    f"variation of {symbol} over the tokens",
-                    lambda v=variation, s=label: token_map_figure(v, names, inspection.tokens, s),  # type: ignore[misc]
-                )
-            )
+            draw = partial(token_map_figure, variation, names, inspection.tokens, "|weight - mean| (no unit)")
+            label = f"{symbol}: mean difference of a token's weights from the mean over tokens"
+            pictures.append(Picture("scroll", label, draw))
     return Section(
         title,
-        "Dynamic mappings depend on the token. Bright cells are tokens at which a branch reads, writes or mixes unlike "
-        "its own average. Each picture has a scale of its own.",
+        "" if which == "before" else TOKENS,
         pictures,
     )
