@@ -67,7 +67,10 @@ def new_figure(width: float, height: float) -> "Figure":
     """An empty figure of a size in inches, with a layout that leaves room for all labels."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    # The letters of the browser's font may be taller than those that the layout is made with.
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)  # type: ignore[union-attr, call-arg]
+    return figure
 
 
 def draw_matrix(
@@ -211,7 +214,7 @@ def token_map_figure(values: Tensor, branches: Sequence[str], tokens: Sequence[s
     """A value per branch and token as a heat map `[branches, S]`, with the tokens under it."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(1.3 + TOKEN_WIDTH * len(tokens), 1.75 + 0.17 * len(branches))
+    figure = new_figure(max(3.2, 1.3 + TOKEN_WIDTH * len(tokens)), 1.75 + 0.17 * len(branches))
     panel = figure.subplots()
     image = panel.imshow(values.numpy(), vmin=0, cmap=SEQUENTIAL, aspect="auto", interpolation="none")
     # Short enough to be seen at once on a phone.
