@@ -25,7 +25,7 @@ tests: $(READY) browser
 	$(BIN)/python -m pytest -n auto
 
 docs: $(READY)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The pictures in docs/figures, which are kept in the repository.
 figures: $(READY)
