@@ -6,13 +6,13 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests conformance clean
+.PHONY: demo test lint types tests docs figures browser conformance clean
 
 demo: $(READY)
 	rm -rf demo-output
 	$(BIN)/kromhc demo --output demo-output
 
-test: lint types tests
+test: lint types docs tests
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -21,8 +21,21 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-tests: $(READY)
+tests: $(READY) browser
 	$(BIN)/python -m pytest -n auto
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The pictures in docs/figures, which are kept in the repository.
+figures: $(READY)
+	$(BIN)/python scripts/draw_figures.py
+
+# The test of the report looks at it in a browser.
+browser:
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || \
+	{ [ "$$(id -u)" = 0 ] && apt-get update --quiet=2 && apt-get install --quiet=2 --yes chromium > /dev/null; } || \
+	echo "no browser, and it could not be installed: get the Debian package chromium to run the browser test"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
@@ -34,4 +47,4 @@ conformance: $(READY)
 	$(BIN)/python tests/conformance/run.py --write docs/conformance.md
 
 clean:
-	rm -rf $(VENV) demo-output dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output site dist build .pytest_cache .mypy_cache .ruff_cache

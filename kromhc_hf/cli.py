@@ -2,19 +2,33 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from transformers.utils import logging
 
+from .checkpoint_inspection import Inspection, inspect_checkpoints
 from .conversion import convert_checkpoint
 from .demo import run_demo
 from .families_table import families_table
+from .inspection_tables import BRANCH_COLUMNS, branch_rows, total_rows
+from .plots import require_matplotlib
+from .report import write_report
 from .verification import ConversionReport, verify_conversion
 
 
@@ -85,6 +99,43 @@ def verify(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted checkpoint.")],
+    before: Annotated[str | None, typer.Option(help="An earlier checkpoint of the same model, to compare.")] = None,
+    text: Annotated[Path | None, typer.Option(help="File with the text to run it on.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Take at most so many tokens.")] = 128,
+    directory: Annotated[
+        Path | None, typer.Option("--output", help="Folder for report.html, a page with pictures.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a converted checkpoint on a text and show what its streams do, as a table and as pictures."""
+    if directory is not None:
+        require_matplotlib()
+    sample = None if text is None else text.read_text(encoding="utf-8")
+    checkpoints = [model] if before is None else [model, before]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=messages) as progress:
+
+        def bar(description: str) -> Callable[[int, int], None]:
+            task = progress.add_task(description, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        inspected = inspect_checkpoints(checkpoints, text=sample, max_tokens=max_tokens, progress=bar("running"))
+        if directory is not None:
+            earlier = inspected[1] if before is not None else None
+            write_report(inspected[0], directory / "report.html", earlier, bar("drawing"))
+    if as_json:
+        names = ("model", "before")
+        print(json.dumps(dict(zip(names, (inspection.to_dict() for inspection in inspected))), indent=2))
+    else:
+        for inspection in reversed(inspected):
+            _print_inspection(inspection)
+    if directory is not None:
+        messages.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
 def demo(
     directory: Annotated[Path, typer.Option("--output", help="Folder for the results.")] = Path("demo-output"),
     steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 100,
@@ -118,6 +169,16 @@ def families(as_json: AsJson = False) -> None:
         for row in part:
             table.add_row(row.model_type, escape(row.description), *([row.exactness] if supported else []))
         output.print(table)
+
+
+def _print_inspection(inspection: Inspection) -> None:
+    table = Table(*BRANCH_COLUMNS, title=inspection.name, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for row in branch_rows(inspection):
+        table.add_row(*row)
+    totals = Table(show_header=False, box=SIMPLE, padding=(0, 1, 0, 0))
+    for row in total_rows(inspection):
+        totals.add_row(*row)
+    output.print(table, totals)
 
 
 def _finish(report: ConversionReport, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """What the streams do: recording the mappings of a live model, and statistics of them as pure functions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder_layer import HyperConnectedLayer
+from .mixing import doubly_stochastic_error
 
 
 class BranchRecord(NamedTuple):
@@ -42,41 +43,60 @@ def branches(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def record_mappings(model: nn.Module, *, max_tokens: int | None = None) -> Iterator[dict[str, BranchRecord]]:
+def record_mappings(
+    model: nn.Module, input_ids: Tensor | None = None, *, max_tokens: int | None = None, append: bool = False
+) -> Iterator[dict[str, BranchRecord]]:
     """Records the mappings and the streams of every branch while the model runs inside the `with` block.
 
-        with record_mappings(model) as records:
-            model(**inputs)
-        records["layers.0.attn_hc"].h_res  # [B, S, n, n]
+        with record_mappings(model, input_ids) as records:
+            records["layers.0.attn_hc"].h_res  # [B, S, n, n]
 
-    Every forward replaces the record of the one before. Nothing the model computes changes, gradients included. Hooks
-    do the work, so a compiled model must run eagerly inside the block: `torch.compiler.set_stance("force_eager")`.
+    Nothing the model computes changes, gradients and checkpointed layers included, and outside of the block nothing is
+    left in the model. The recording is done by hooks, which a compiled graph cannot see, so models compiled with
+    `torch.compile` run eagerly inside the block, the same numbers up to the compiler's rounding.
 
     Args:
         model: a model with hyper-connections, wrapped or not.
+        input_ids: `[B, S]`, to run the model on right away, without gradients and in its present mode; by default it
+            is run inside the block, and as often as you like.
         max_tokens: take only the first tokens of the first sequence, which bounds memory and time.
+        append: join the tokens of all forwards, as `generate` with a cache makes them; by default every forward
+            replaces the record of the one before.
 
     Yields:
         The records by branch name, in the order of the branches; empty until the model has run.
 
     Raises:
-        ValueError: if the model has no hyper-connections.
+        ValueError: if the model has no hyper-connections, or a forward to append to the records has gradients.
     """
     records: dict[str, BranchRecord] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: Any, args: tuple[Tensor, ...]) -> None:
+            # A checkpointed layer runs once more in the backward pass and would be appended twice.
+            if append and torch.is_grad_enabled():
+                raise ValueError(
+                    "append=True must be used without gradients; got a forward that records them. "
+                    "Use generate or torch.no_grad()."
+                )
             streams = args[0].detach()
             streams = streams if max_tokens is None else streams[:1, :max_tokens]
             with torch.no_grad():
-                h_pre, h_post, h_res = module.mappings(streams)
-                records[name] = BranchRecord(h_pre, h_post, h_res, streams)
+                latest = BranchRecord._make((*module.mappings(streams), streams))
+                if append and name in records:
+                    pairs = zip(records[name], latest)
+                    latest = BranchRecord._make(torch.cat(pair, dim=1)[:, :max_tokens] for pair in pairs)
+            records[name] = latest
 
         return record
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in branches(model).items()]
     try:
-        yield records
+        with torch.compiler.set_stance("force_eager"):
+            if input_ids is not None:
+                with torch.no_grad():
+                    model(input_ids=input_ids)
+            yield records
     finally:
         for handle in handles:
             handle.remove()
@@ -109,15 +129,28 @@ def composite_gain(h_res: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         The forward gain up to each branch and the backward gain down to each branch, both `[branches]`, the largest
         over all tokens. `forward[-1]` and `backward[0]` are those of the whole depth.
     """
-    forward, product = [], None
-    for matrix in h_res:
-        product = matrix if product is None else matrix @ product
-        forward.append(product.abs().sum(-1).amax())
-    backward, product = [], None
-    for matrix in reversed(h_res):
-        product = matrix if product is None else product @ matrix
-        backward.append(product.abs().sum(-2).amax())
-    return torch.stack(forward), torch.stack(backward[::-1])
+    forward, backward = composite_products(h_res)
+    return (
+        torch.stack([product.abs().sum(-1).amax() for product in forward]),
+        torch.stack([product.abs().sum(-2).amax() for product in backward]),
+    )
+
+
+def composite_products(h_res: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The products of the mixing matrices over depth, each `[..., n, n]`.
+
+    Args:
+        h_res: one `[..., n, n]` per branch, in order.
+
+    Returns:
+        For each branch l, `h_res[l] @ ... @ h_res[0]` and `h_res[L] @ ... @ h_res[l]` with L the last branch.
+    """
+    forward, backward = [h_res[0]], [h_res[-1]]
+    for matrix in h_res[1:]:
+        forward.append(matrix @ forward[-1])
+    for matrix in reversed(h_res[:-1]):
+        backward.append(backward[-1] @ matrix)
+    return forward, backward[::-1]
 
 
 def read_entropy(h_pre: Tensor) -> Tensor:
@@ -171,3 +204,42 @@ def effective_num_streams(streams: Tensor) -> Tensor:
     gram = wide @ wide.mT
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     return (trace.square() / gram.square().sum((-2, -1)).clamp_min(torch.finfo(wide.dtype).tiny)).mean()
+
+
+def branch_statistics(record: BranchRecord) -> dict[str, float]:
+    """The statistics of one branch that need no other branch, as numbers."""
+    return {
+        "off_identity_mass": off_identity_mass(record.h_res).item(),
+        "doubly_stochastic_error": doubly_stochastic_error(record.h_res),
+        "read_entropy": read_entropy(record.h_pre).item(),
+        "stream_spread": stream_spread(record.streams).item(),
+        "stream_cosine": stream_cosine(record.streams).item(),
+        "effective_num_streams": effective_num_streams(record.streams).item(),
+    }
+
+
+def stream_statistics(records: Mapping[str, BranchRecord]) -> dict[str, float]:
+    """The statistics of a forward: `<name>` for the whole model and `<branch>/<name>` for every branch.
+
+    In total, the doubly stochastic error is the largest of the branches, the gains are those of the whole depth and
+    everything else is the mean.
+
+    Args:
+        records: what `record_mappings` yields, after a forward.
+
+    Raises:
+        ValueError: if nothing was recorded.
+    """
+    if not records:
+        raise ValueError(
+            "records must hold at least one branch; got none. Run the model inside the with block of record_mappings."
+        )
+    per_branch = {name: branch_statistics(record) for name, record in records.items()}
+    forward, backward = composite_gain([record.h_res for record in records.values()])
+    for statistics, forward_gain, backward_gain in zip(per_branch.values(), forward.tolist(), backward.tolist()):
+        statistics |= {"forward_gain": forward_gain, "backward_gain": backward_gain}
+    values = list(per_branch.values())
+    total = {name: sum(s[name] for s in values) / len(values) for name in values[0]}
+    total["doubly_stochastic_error"] = max(s["doubly_stochastic_error"] for s in values)
+    total["forward_gain"], total["backward_gain"] = values[-1]["forward_gain"], values[0]["backward_gain"]
+    return total | {f"{branch}/{name}": value for branch, s in per_branch.items() for name, value in s.items()}

@@ -8,59 +8,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from .inspection import (
-    BranchRecord,
-    branches,
-    composite_gain,
-    effective_num_streams,
-    off_identity_mass,
-    read_entropy,
-    record_mappings,
-    stream_cosine,
-    stream_spread,
-)
-from .mixing import doubly_stochastic_error
+from .inspection import BranchRecord, branches, record_mappings, stream_statistics
 from .training import hyper_connection_parameters
-
-
-def branch_statistics(record: BranchRecord) -> dict[str, float]:
-    """The statistics of one branch that need no other branch, as numbers."""
-    return {
-        "off_identity_mass": off_identity_mass(record.h_res).item(),
-        "doubly_stochastic_error": doubly_stochastic_error(record.h_res),
-        "read_entropy": read_entropy(record.h_pre).item(),
-        "stream_spread": stream_spread(record.streams).item(),
-        "stream_cosine": stream_cosine(record.streams).item(),
-        "effective_num_streams": effective_num_streams(record.streams).item(),
-    }
-
-
-def stream_statistics(records: dict[str, BranchRecord]) -> dict[str, float]:
-    """The statistics of a forward: `<name>` for the whole model and `<branch>/<name>` for every branch.
-
-    In total, the doubly stochastic error is the largest of the branches, the gains are those of the whole depth and
-    everything else is the mean.
-
-    Args:
-        records: what `record_mappings` yields, after a forward.
-
-    Raises:
-        ValueError: if nothing was recorded.
-    """
-    if not records:
-        raise ValueError(
-            "records must hold at least one branch; got none. Run the model inside the with block of record_mappings, "
-            'a compiled one under torch.compiler.set_stance("force_eager").'
-        )
-    per_branch = {name: branch_statistics(record) for name, record in records.items()}
-    forward, backward = composite_gain([record.h_res for record in records.values()])
-    for statistics, forward_gain, backward_gain in zip(per_branch.values(), forward.tolist(), backward.tolist()):
-        statistics |= {"forward_gain": forward_gain, "backward_gain": backward_gain}
-    values = list(per_branch.values())
-    total = {name: sum(s[name] for s in values) / len(values) for name in values[0]}
-    total["doubly_stochastic_error"] = max(s["doubly_stochastic_error"] for s in values)
-    total["forward_gain"], total["backward_gain"] = values[-1]["forward_gain"], values[0]["backward_gain"]
-    return total | {f"{branch}/{name}": value for branch, s in per_branch.items() for name, value in s.items()}
 
 
 class StreamMetricsCallback(TrainerCallback):
@@ -90,7 +39,6 @@ class StreamMetricsCallback(TrainerCallback):
         self.latest: dict[str, float] = {}
         self._recording: Any = None
         self._records: dict[str, BranchRecord] = {}
-        self._stance: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hyper_connection_parameters(kwargs["model"])
@@ -102,9 +50,6 @@ class StreamMetricsCallback(TrainerCallback):
         if state.global_step % self.every == 0:
             self._recording = record_mappings(kwargs["model"], max_tokens=self.max_tokens)
             self._records = self._recording.__enter__()
-            # Hooks are invisible to a graph that is compiled already.
-            self._stance = torch.compiler.set_stance("force_eager")
-            self._stance.__enter__()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._recording is None:
@@ -126,8 +71,7 @@ class StreamMetricsCallback(TrainerCallback):
     def _close(self) -> None:
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
-            self._stance.__exit__(None, None, None)
-        self._recording = self._stance = None
+        self._recording = None
         self._records = {}
 
 

@@ -162,7 +162,7 @@ def _run(
     tokenizer = None
     if tokens is None:
         context = getattr(model.config, "max_position_embeddings", None) or max_tokens
-        tokens, tokenizer = _tokens(checkpoint, text, min(max_tokens, context), model.config.vocab_size)
+        tokens, tokenizer = sample_tokens(checkpoint, text, min(max_tokens, context), model.config.vocab_size)
     logits = model(tokens).logits
     prompt = tokens[:, : max(1, min(tokens.shape[1] // 2, 16))]
     room = (getattr(model.config, "max_position_embeddings", None) or max_tokens) - prompt.shape[1]
@@ -177,7 +177,9 @@ def _run(
     return logits.float(), greedy, model, tokens, tokenizer
 
 
-def _tokens(checkpoint: str | os.PathLike[str], text: str | None, length: int, vocab_size: int) -> tuple[Tensor, Any]:
+def sample_tokens(
+    checkpoint: str | os.PathLike[str], text: str | None, length: int, vocab_size: int
+) -> tuple[Tensor, Any]:
     """The first tokens of the text and the tokenizer; random tokens and None where no tokenizer can read the sample."""
     random = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     try:

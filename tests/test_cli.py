@@ -10,22 +10,6 @@ from tiny import configurations, make_model
 from transformers import AutoModelForCausalLM
 
 from kromhc_hf import supported_model_types
-from kromhc_hf.cli import main
-
-
-@pytest.fixture
-def kromhc(monkeypatch, capsys):
-    """Runs the command in this process: `kromhc("convert", ...)` -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kromhc", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        return exit_.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
