@@ -5,6 +5,8 @@ attention backends, tied weights and parallelism plans are inherited and never w
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -26,10 +28,11 @@ from .configuration import PREFIX, KromHCConfig, config_class
 from .decoder_layer import END_NAMES, HyperConnectedLayer, connect_layer
 from .families import SUPPORTED
 from .hyper_connection import Float32Module
+from .sharing import Shareable, class_name
 from .spec import LayerSpec, attribute
 
 
-class HyperConnectedModel:
+class HyperConnectedModel(Shareable):
     """Mixed in front of every transformers model class between the root and the decoder layers."""
 
     backbone_class: ClassVar[type[PreTrainedModel]]
@@ -41,7 +44,8 @@ class HyperConnectedModel:
         return super().__new__(cls)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        with _known_to_auto_model(type(config)):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         plan = plan_connections(self)
         # A head that builds its base model through AutoModel finds it connected already.
         if not isinstance(plan.layers[0], HyperConnectedLayer):
@@ -100,6 +104,21 @@ class HyperConnectedModel:
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls.backbone_class._can_set_experts_implementation()
+
+
+@contextmanager
+def _known_to_auto_model(config_type: Any) -> Iterator[None]:
+    """For heads that build their base model through `AutoModel`, where a copy of this file on the Hub is unknown."""
+    registered: Any = AutoModel._model_mapping
+    backbone = KromHCModel.backbone_for(config_type)
+    if backbone is None or config_type in registered:
+        yield
+        return
+    registered.register(config_type, model_class(backbone, config_type), exist_ok=True)
+    try:
+        yield
+    finally:
+        registered._extra_content.pop(config_type, None)
 
 
 class KromHCModel(HyperConnectedModel):
@@ -218,7 +237,7 @@ def model_class(backbone_class: Any, config_type: Any) -> type[Any]:
 def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     model_type = config_type.backbone_config_class.model_type
     face = next((face for face in FACES if backbone_class.__name__ in _listed(face, model_type)), HyperConnectedModel)
-    name = _class_name(backbone_class, config_type.backbone_config_class)
+    name = class_name(backbone_class, config_type.backbone_config_class)
     backbone_forward = backbone_class.forward
 
     # Trainer, generate and pipelines read the signature.
@@ -255,13 +274,6 @@ def _listed(face: type[HyperConnectedModel], model_type: str) -> tuple[str, ...]
     """The names of the family's classes for the task of a face, without importing them."""
     names = face.auto_class._model_mapping._model_mapping.get(model_type, ())
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _class_name(backbone_class: type[PreTrainedModel], config_class: type[Any]) -> str:
-    own_stem = getattr(backbone_class.config_class, "__name__", "").removesuffix("Config")
-    stem = config_class.__name__.removesuffix("Config")
-    shared = backbone_class.config_class is not config_class and backbone_class.__name__.startswith(own_stem)
-    return f"KromHC{stem * shared}{backbone_class.__name__.removeprefix(own_stem * shared)}"
 
 
 def __getattr__(name: str) -> Any:

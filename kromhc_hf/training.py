@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .hyper_connection import HyperConnection
+from .hyper_connection import Float32Module, HyperConnection
 
 
 # 3e-3 for the connectors beside 1e-4 for LoRA on the backbone: "mHC for PEFT", arXiv 2607.18130.
@@ -142,7 +142,7 @@ def hyper_connection_state_dict(model: nn.Module) -> dict[str, Tensor]:
     tensors = {
         f"{path}.{name}": parameter.detach()
         for path, module in model.named_modules()
-        if isinstance(module, HyperConnection)
+        if isinstance(module, Float32Module)
         for name, parameter in module.named_parameters()
     }
     return {
