@@ -185,9 +185,17 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
     return cls
 
 
-def __getattr__(name: str) -> Any:
-    # Pickle and `auto_map` look a generated class up by name.
+def config_class_named(name: str) -> type[KromHCConfig] | None:
+    """The configuration class of that name, made on first use; None if no family has one."""
     for model_type in supported_model_types():
         if name == f"KromHC{CONFIG_MAPPING_NAMES[model_type]}":
             return config_class(model_type)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    # Pickle looks a generated class up by name.
+    found = config_class_named(name)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

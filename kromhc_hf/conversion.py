@@ -107,11 +107,11 @@ def convert_checkpoint(
     with new_folder(destination) as target:
         _check_space(destination, [] if link in ("hardlink", "symlink") and not base.pickled else used)
         base = _bring(folder, target, base, link, progress)
+        check_unchanged(before, used)
         if added:
             write_safetensors(target / HYPER_CONNECTIONS, added, initial_tensors(model))
         _write_index(target, config, base.map, added)
         (target / CARD).write_text(model_card(config, destination.name), encoding="utf-8")
-        check_unchanged(before, used)
         report = ConversionReport(
             source=str(source),
             destination=str(destination),
@@ -126,6 +126,7 @@ def convert_checkpoint(
         if verify:
             report = verify_conversion(folder, target, report=report)
             record_verification(target, report, destination.name)
+        check_unchanged(before, used)
     return report
 
 
@@ -148,11 +149,27 @@ def added_tensors(model: torch.nn.Module) -> dict[str, TensorForm]:
 
 
 def initial_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The initial values of `added_tensors`, for a model on the meta device, one module at a time."""
+    """The initial values of `added_tensors`, for a model on the meta device; each is gone when the next module comes."""
+    sizes = [sum(tensor.numel() for tensor in module.state_dict().values()) for _, module in _added_modules(model)]
+    # All in the same memory: what is allocated and freed once per module fragments the heap and is never given back.
+    memory = torch.empty(max(sizes, default=0), dtype=torch.float32)
     for name, module in _added_modules(model):
-        module.to_empty(device="cpu").reset_parameters()
+        place(module, memory).reset_parameters()
         yield from ((f"{name}.{key}", tensor) for key, tensor in module.state_dict().items())
         module.to_empty(device="meta")
+
+
+def place(module: Float32Module, memory: Tensor) -> Float32Module:
+    """Puts the parameters of a module one after the other into `memory` `[N]`, uninitialised."""
+    begin = 0
+
+    def view(tensor: Tensor) -> Tensor:
+        nonlocal begin
+        begin += tensor.numel()
+        return memory[begin - tensor.numel() : begin].view(tensor.shape)
+
+    module._apply(view)
+    return module
 
 
 def record_verification(folder: Path, report: ConversionReport, name: str) -> None:

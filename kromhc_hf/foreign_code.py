@@ -10,7 +10,7 @@ from typing import Any
 CODE_FIELDS = ("auto_map", "custom_pipelines")
 # These choose a function of transformers by name, or a kernel to download by repository, ORG/NAME.
 KERNEL_FIELD = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-OWN_CLASS = re.compile(r"(configuration|modeling)\.KromHC\w+")
+OWN_CLASS = re.compile(r"modeling\.KromHC\w+")
 LOCAL_CLASS = re.compile(r"\w+\.\w+")
 
 

@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import fit_layer, layer_specs
-from .configuration import PREFIX, KromHCConfig, config_class
+from .configuration import PREFIX, KromHCConfig, config_class, config_class_named
 from .decoder_layer import END_NAMES, HyperConnectedLayer, connect_layer
 from .families import SUPPORTED
 from .hyper_connection import Float32Module
@@ -277,7 +277,11 @@ def _listed(face: type[HyperConnectedModel], model_type: str) -> tuple[str, ...]
 
 
 def __getattr__(name: str) -> Any:
-    # Pickle and `auto_map` look a generated class up by name.
+    # Pickle and `auto_map` look a generated class up by name. Configurations too: transformers makes a copy of the code
+    # for every file that `auto_map` names, and there must be one alone.
+    config_type: Any = config_class_named(name)
+    if config_type is not None:
+        return config_type
     plain = name.removeprefix("KromHC")
     for face in FACES if plain != name else ():
         for model_type in SUPPORTED:

@@ -46,7 +46,8 @@ def class_name(backbone_class: Any, backbone_config_class: Any) -> str:
 
 def auto_map(config_type: Any) -> dict[str, str]:
     """Which class of which code file each Auto class stands for, for the family of a configuration class."""
-    names = {"AutoConfig": f"configuration.{config_type.__name__}"}
+    # All in one file, of which transformers then makes one copy; two would have two classes of every name.
+    names = {"AutoConfig": f"modeling.{config_type.__name__}"}
     for auto_class in AUTO_CLASSES:
         backbone = auto_class._model_mapping.get(config_type.backbone_config_class, None)
         if backbone is not None:
@@ -68,6 +69,10 @@ def write_code(folder: Path) -> None:
 
 class Shareable:
     """Mixed into configurations and models: an upload gets a model card of its own instead of an empty one."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to do: whoever loads a copy of this file through `auto_map` saves it again in any case."""
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # A card that somebody has written is left alone.

@@ -216,7 +216,7 @@ def test_foreign_code_and_files_stay_behind(base, tmp_path):
     written = contents(tmp_path / "out")
     assert written.keys().isdisjoint({"evil.py", "pytorch_model.bin"})
     assert written["LICENSE"] == b"MIT"
-    assert json.loads(written["config.json"])["auto_map"]["AutoConfig"] == "configuration.KromHCLlamaConfig"
+    assert json.loads(written["config.json"])["auto_map"]["AutoConfig"] == "modeling.KromHCLlamaConfig"
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path):
