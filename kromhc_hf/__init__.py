@@ -6,8 +6,10 @@ from typing import Any
 
 from .architectures import supported_model_types
 from .configuration import KromHCConfig
+from .connections_only import load_hyper_connections, push_hyper_connections, save_hyper_connections
 from .conversion import convert_checkpoint
 from .growing import grow_streams
+from .hub import push_folder
 from .hyper_connection import HyperConnection, Mappings
 from .inspection import record_mappings
 from .mixing import doubly_stochastic_error
@@ -51,9 +53,13 @@ __all__ = [
     "hyper_connection_state_dict",
     "import_reference_checkpoint",
     "import_reference_state_dict",
+    "load_hyper_connections",
     "optimizer_param_groups",
+    "push_folder",
+    "push_hyper_connections",
     "record_mappings",
     "remove_hyper_connections",
+    "save_hyper_connections",
     "shard_hyper_connections",
     "supported_model_types",
     "verify_conversion",

@@ -1,11 +1,8 @@
-"""Checkpoint folders: which files hold the weights, what is in them, and how a new folder appears all at once."""
+"""Checkpoint folders: which files hold the weights, what is in them, and which others travel with them."""
 
 import json
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +10,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from .pickled import PICKLED_INDEX, PICKLED_WEIGHTS
+
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+CARD = "README.md"
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe")
 COMPANION_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 COMPANION_FOLDERS = ("additional_chat_templates",)
-COPY_CHUNK = 16 * 2**20
 
 
 def resolve_source(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -34,15 +33,23 @@ def resolve_source(source: str | os.PathLike[str], revision: str | None = None) 
     if folder.exists():
         raise FileNotFoundError(f"source must be a folder or a Hub id; got the file {folder}. Give its folder.")
     try:
-        patterns = [f"*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES)]
-        patterns += [f"{prefix}*" for prefix in COMPANION_PREFIXES]
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        return _download(str(source), revision)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
             f"source must be an existing folder or a Hub id that can be read; got {str(source)!r} ({reason}). "
             "Check the path, or the id and your network and token."
         ) from error
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    patterns = [f"*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES)]
+    patterns += [f"{prefix}*" for prefix in (*COMPANION_PREFIXES, CARD)]
+    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    if any(folder.glob("*.safetensors")):
+        return folder
+    # From one state of the repository, whatever is pushed to it meanwhile.
+    return Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,21 +87,62 @@ def weight_map(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         )
     if not (folder / name).is_file():
         raise FileNotFoundError(
-            f"source must hold safetensors weights ({WEIGHTS} or {WEIGHTS_INDEX}); {folder} has no {name}. "
-            "Save the model with save_pretrained first."
+            f"source must hold safetensors weights ({WEIGHTS} or {WEIGHTS_INDEX}), or older ones ({PICKLED_WEIGHTS} or "
+            f"{PICKLED_INDEX}); {folder} has no {name}. Save the model with save_pretrained first."
         )
     if not name.endswith(".index.json"):
         return dict.fromkeys(tensor_names(folder / name), name)
-    indexed = read_json(folder / name).get("weight_map")
-    if not isinstance(indexed, dict) or not indexed:
-        raise ValueError(f"{folder / name} must have a non-empty weight_map; got {indexed!r}. Fetch the file again.")
+    indexed = read_index(folder / name)
     for shard in sorted(set(indexed.values())):
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise FileNotFoundError(f"{name} names the file {shard!r}, which {folder} does not have. Fetch it.")
-        missing = {tensor for tensor, file in indexed.items() if file == shard} - set(tensor_names(folder / shard))
-        if missing:
-            raise ValueError(f"{folder / shard} must hold {sorted(missing)[0]!r} according to {name}; it does not.")
+        check_shard(folder / name, indexed, shard, tensor_names(folder / shard))
     return indexed
+
+
+def pickled_weights(folder: Path, config: dict[str, Any]) -> tuple[list[str], dict[str, str]] | None:
+    """The `.bin` files of a checkpoint without safetensors, and what its index says is in them.
+
+    None if there are safetensors, or no weights at all.
+    """
+    if "transformers_weights" in config or any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        return None
+    if (folder / PICKLED_WEIGHTS).is_file():
+        return [PICKLED_WEIGHTS], {}
+    if (folder / PICKLED_INDEX).is_file():
+        indexed = read_index(folder / PICKLED_INDEX)
+        return sorted(set(indexed.values())), indexed
+    return None
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of an index file, `{tensor name: file name}`, with all its files present beside it.
+
+    Raises:
+        FileNotFoundError: if one of them is missing.
+        ValueError: if there is no weight map.
+    """
+    indexed = read_json(path).get("weight_map")
+    if not isinstance(indexed, dict) or not indexed:
+        raise ValueError(f"{path} must have a non-empty weight_map; got {indexed!r}. Fetch the file again.")
+    for shard in sorted(set(indexed.values())):
+        if Path(shard).name != shard or not (path.parent / shard).is_file():
+            raise FileNotFoundError(
+                f"{path.name} names the file {shard!r}, which {path.parent} does not have. Fetch it."
+            )
+    return indexed
+
+
+def check_shard(index: Path, indexed: dict[str, str], shard: str, names: Iterable[str]) -> None:
+    """Refuses a shard that does not hold what its index says.
+
+    Raises:
+        ValueError: naming the first tensor that is missing.
+    """
+    missing = {tensor for tensor, file in indexed.items() if file == shard} - set(names)
+    if missing:
+        raise ValueError(
+            f"{index.parent / shard} must hold {sorted(missing)[0]!r} according to {index.name}; it does not. "
+            "Fetch both files again."
+        )
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -120,63 +168,34 @@ def companions(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def copy_file(source: Path, destination: Path, advance: Callable[[int], None] = lambda _: None) -> None:
-    """Copies a file; `advance` is told the bytes of each chunk."""
-    with source.open("rb") as reader, destination.open("xb") as writer:
-        while chunk := reader.read(COPY_CHUNK):
-            writer.write(chunk)
-            advance(len(chunk))
+def companion_files(folder: Path) -> list[Path]:
+    """The files of `companions`, folders opened up."""
+    found: list[Path] = []
+    for companion in companions(folder):
+        found += [companion] if companion.is_file() else sorted(path for path in companion.rglob("*") if path.is_file())
+    return found
 
 
-@contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
-    """A temporary folder beside `destination` that becomes it in one rename when the block succeeds.
+def fingerprints(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """What changes when somebody writes to a file of the folder: identity, size and time of the last change."""
+    paths = [path for path in folder.iterdir() if path.is_file()]
+    return {path: _fingerprint(path) for path in (*paths, *companion_files(folder))}
 
-    Until then the destination does not exist; when the block fails, or the process dies, no half of it does. What a
-    dead process left behind is removed by the next one with the same destination.
+
+def check_unchanged(before: dict[Path, tuple[int, int, int]], used: Iterable[Path]) -> None:
+    """Refuses to go on if one of the files is not what it was.
 
     Raises:
-        FileExistsError: if the destination exists and is not an empty folder.
+        ValueError: naming the first file that changed.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(
-            f"destination must not exist or be an empty folder; {destination} is not empty. "
-            "Choose another destination, or remove it first."
-        )
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in destination.parent.glob(f".{destination.name}.partial-*"):
-        if not _alive(leftover.name.rpartition("-")[2]):
-            shutil.rmtree(leftover)
-    folder = destination.parent / f".{destination.name}.partial-{os.getpid()}"
-    folder.mkdir()
-    try:
-        yield folder
-        for path in (*folder.rglob("*"), folder):
-            _flush_to_disk(path)
-        folder.rename(destination)
-        _flush_to_disk(destination.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    for path in used:
+        if not path.is_file() or before.get(path) != _fingerprint(path):
+            raise ValueError(
+                f"source must not change while it is converted; {path} did, so the result would mix two models. "
+                "Nothing was written. Wait until the source is complete and convert it again."
+            )
 
 
-def _alive(process_id: str) -> bool:
-    if not re.fullmatch(r"\d+", process_id):
-        return False
-    try:
-        os.kill(int(process_id), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _flush_to_disk(path: Path) -> None:
-    if path.is_symlink():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _fingerprint(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

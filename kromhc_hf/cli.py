@@ -26,7 +26,9 @@ from .checkpoint_inspection import Inspection, inspect_checkpoints
 from .conversion import convert_checkpoint
 from .demo import run_demo
 from .families_table import families_table
+from .hub import push_folder
 from .inspection_tables import BRANCH_COLUMNS, branch_rows, total_rows
+from .linking import LINKS
 from .plots import require_matplotlib
 from .report import write_report
 from .verification import ConversionReport, verify_conversion
@@ -42,6 +44,7 @@ output, messages = Console(), Console(stderr=True)
 
 Streams = Annotated[int, typer.Option("--num-streams", "-n", help="Number n of residual streams.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 
 
 @app.command()
@@ -55,13 +58,23 @@ def convert(
     static: Annotated[bool, typer.Option("--static", help="Mappings that do not depend on the token.")] = False,
     residual_logit: Annotated[float, typer.Option(help="How strongly mixing leans towards the identity.")] = 4.0,
     revision: Annotated[str | None, typer.Option(help="Revision of the Hub repository.")] = None,
-    verify: Annotated[bool, typer.Option(help="Run both models afterwards and compare them.")] = True,
+    link: Annotated[str, typer.Option(help=f"How the weight files are taken over: {', '.join(LINKS)}.")] = "copy",
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for the model card.")] = None,
+    push_to: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository, USER/NAME.")] = None,
+    private: Private = False,
+    verify: Annotated[bool, typer.Option(help="Run both models and compare them.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes."""
-    columns = (TextColumn("copying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=messages, transient=True) as progress:
         bar = progress.add_task("copying", total=None)
+
+        def advance(done: int, total: int) -> None:
+            verifying = verify and done == total
+            description = "running both models on the same tokens" if verifying else "copying"
+            progress.update(bar, completed=done, total=total, description=description)
+
         report = convert_checkpoint(
             source,
             destination,
@@ -72,12 +85,24 @@ def convert(
             dynamic=not static,
             residual_logit=residual_logit,
             revision=revision,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            link=link,
+            base_model=base_model,
+            verify=verify,
+            progress=advance,
         )
-    if verify:
-        with messages.status("running both models on the same tokens"):
-            report = verify_conversion(source, destination, report=report)
     _finish(report, as_json)
+    if push_to is not None:
+        _push(destination, push_to, private)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint with hyper-connections.")],
+    repo_id: Annotated[str, typer.Argument(help="Hub repository, USER/NAME; made if it does not exist.")],
+    private: Private = False,
+) -> None:
+    """Upload a converted checkpoint to the Hub with its model card, or go on with an upload that broke off."""
+    _push(folder, repo_id, private)
 
 
 @app.command()
@@ -179,6 +204,11 @@ def _print_inspection(inspection: Inspection) -> None:
     for row in total_rows(inspection):
         totals.add_row(*row)
     output.print(table, totals)
+
+
+def _push(folder: Path, repo_id: str, private: bool) -> None:
+    # On stderr, where the JSON of the report is not in the way.
+    messages.print(f"uploaded: {push_folder(folder, repo_id, private=private or None)}", soft_wrap=True)
 
 
 def _finish(report: ConversionReport, as_json: bool) -> None:

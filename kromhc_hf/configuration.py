@@ -5,15 +5,19 @@ For each family one class is made on demand, for example `KromHCLlamaConfig(Krom
 """
 
 import copy
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from .architectures import check_model_type, supported_model_types
+from .foreign_code import check_own_config
 from .hyper_connection import check_init
 from .mixing import make_mixing
+from .sharing import Shareable, auto_map, write_code
 
 
 PREFIX = "kromhc_"
@@ -31,7 +35,7 @@ FIELDS: dict[str, tuple[type, Any]] = {
 }
 
 
-class KromHCConfig:
+class KromHCConfig(Shareable):
     """Configuration of a causal language model with hyper-connections.
 
     `KromHCConfig(backbone_config=LlamaConfig(...), hc_num_streams=4)` returns a `KromHCLlamaConfig`: a `LlamaConfig`
@@ -69,8 +73,13 @@ class KromHCConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Restores a configuration from `to_dict()`; its `model_type` says which family."""
+        """Restores a configuration from `to_dict()`; its `model_type` says which family.
+
+        Raises:
+            ValueError: if the configuration is not one with hyper-connections, or names code outside this package.
+        """
         if cls is not KromHCConfig:
+            check_own_config(config_dict)
             return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         model_type = config_dict.get("model_type", "")
         if not model_type.startswith(PREFIX):
@@ -87,6 +96,13 @@ class KromHCConfig:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         config_dict, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         return cls.from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Writes `config.json` and the code files that load it, and its models, where this package is not installed."""
+        self.auto_map = auto_map(type(self))
+        os.makedirs(save_directory, exist_ok=True)
+        write_code(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def to_backbone_config(self) -> PreTrainedConfig:
         """The plain configuration of the family: the same values without the hyper-connection fields."""
@@ -117,6 +133,9 @@ def _recast(config: Any, target: type) -> Any:
             vars(recast).setdefault(name, FIELDS[name][1])
         else:
             vars(recast).pop(name, None)
+    # These describe a file that was read or its repository, not the model.
+    for name in ("auto_map", "custom_pipelines", "transformers_weights", "hc_conversion"):
+        vars(recast).pop(name, None)
     vars(recast).pop("model_type", None)  # reading a file leaves one on the instance, and it would hide the class's
     recast.architectures = None
     return recast
@@ -167,9 +186,17 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
     return cls
 
 
-def __getattr__(name: str) -> Any:
-    # Pickle and `auto_map` look a generated class up by name.
+def config_class_named(name: str) -> type[KromHCConfig] | None:
+    """The configuration class of that name, made on first use; None if no family has one."""
     for model_type in supported_model_types():
         if name == f"KromHC{CONFIG_MAPPING_NAMES[model_type]}":
             return config_class(model_type)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    # Pickle looks a generated class up by name.
+    found = config_class_named(name)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

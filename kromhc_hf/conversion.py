@@ -1,28 +1,39 @@
 """A checkpoint with hyper-connections from one without: the base tensors stay as they are, a small file is added."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .checkpoint import (
+    CARD,
     WEIGHTS,
     WEIGHTS_INDEX,
-    companions,
-    copy_file,
-    new_folder,
+    check_shard,
+    check_unchanged,
+    companion_files,
+    fingerprints,
+    pickled_weights,
     read_json,
     resolve_source,
     weight_map,
     write_json,
 )
 from .configuration import PREFIX, KromHCConfig
+from .folders import new_folder
+from .foreign_code import check_base_config, without_code
 from .hyper_connection import Float32Module
+from .linking import bring_file, check_link
+from .model_card import model_card
+from .origin import origin_of
+from .pickled import PICKLED_INDEX, rewrite_as_safetensors, safetensors_name
+from .safetensors_writer import TensorForm, write_safetensors
 from .verification import ConversionReport, verify_conversion
 
 
@@ -42,31 +53,42 @@ def convert_checkpoint(
     residual_logit: float = 4.0,
     eps: float = 1e-6,
     revision: str | None = None,
+    link: str = "copy",
+    base_model: str | None = None,
     verify: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionReport:
     """Writes a checkpoint with n residual streams from a checkpoint without; no base tensor is loaded or rewritten.
 
     The destination holds the base's weight files as they are, one small file with the hyper-connections, the index
-    that joins them, the configuration, and the tokenizer and generation files. It appears in one piece or not at all,
-    and the source is only read.
+    that joins them, the configuration with the code files that load it anywhere, a model card, and the tokenizer and
+    generation files. It appears in one piece or not at all, and the source is only read. Older `.bin` weights are
+    rewritten as safetensors, shard by shard.
 
     Args:
         source: folder of the base checkpoint, or its Hub id.
         destination: folder to make; must not exist or be empty.
         num_streams, variant, init, readout, dynamic, residual_logit, eps: see `KromHCConfig`.
         revision: of the Hub repository.
-        verify: whether to run base and converted model afterwards and compare them, see `verify_conversion`.
-        progress: called with the bytes copied so far and in all.
+        link: how the base's weight files get into the destination: "copy"; "hardlink" or "symlink", which take no
+            space and no time; or "reflink-if-possible", a copy that shares its blocks where the file system can.
+        base_model: Hub id of the base for the model card, where the source is a folder that does not tell.
+        verify: whether to run base and converted model before the destination appears, see `verify_conversion`.
+        progress: called with the bytes done so far and in all.
 
     Raises:
         FileNotFoundError: if the source does not exist or has no weights.
-        FileExistsError: if the destination is not empty.
-        ValueError: if the family or an option is not supported, the source is damaged or converted already.
+        FileExistsError: if the destination is not empty, or being made by another process.
+        OSError: if the destination cannot be written, or not in the way that `link` says.
+        ValueError: if the family or an option is not supported, the source is damaged, changes meanwhile, names code
+            of another repository, or has been converted already.
     """
+    check_link(link)
     folder, destination = resolve_source(source, revision), Path(destination)
-    config = _converted_config(
-        folder,
+    before = fingerprints(folder)
+    raw = _base_config(folder)
+    config: Any = KromHCConfig(
+        backbone_config=AutoConfig.from_pretrained(folder),
         hc_num_streams=num_streams,
         hc_variant=variant,
         hc_init=init,
@@ -75,66 +97,141 @@ def convert_checkpoint(
         hc_residual_logit=residual_logit,
         hc_eps=eps,
     )
-    base_map = weight_map(folder, read_json(folder / "config.json"))
-    architecture, added = initial_hyper_connections(config)
-    config.architectures = [architecture]
-    with new_folder(destination) as target:
-        _copy_base(folder, target, sorted(set(base_map.values())), progress)
-        if added:
-            save_file(added, target / HYPER_CONNECTIONS, metadata={"format": "pt"})
-        _write_index(target, config, base_map, added)
-    report = ConversionReport(
-        source=str(source),
-        destination=str(destination),
-        model_type=config.model_type,
-        num_streams=num_streams,
-        variant=variant,
-        init=init,
-        base_tensors=len(base_map),
-        added_parameters=sum(tensor.numel() for tensor in added.values()),
-        added_bytes=sum(tensor.nbytes for tensor in added.values()),
-    )
-    return verify_conversion(folder, destination, report=report) if verify else report
-
-
-def initial_hyper_connections(config: Any) -> tuple[str, dict[str, Tensor]]:
-    """The class name of the converted causal language model, and its hyper-connection tensors by state-dict key.
-
-    The model is built on the meta device, so that its size does not matter.
-    """
+    config.hc_conversion = origin_of(source, folder, base_model)
+    base = _base_weights(folder, raw)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    tensors = {}
+    config.architectures = [type(model).__name__]
+    added = added_tensors(model)
+    used = [folder / "config.json", *(folder / name for name in base.files), *companion_files(folder)]
+    with new_folder(destination) as target:
+        _check_space(destination, [] if link in ("hardlink", "symlink") and not base.pickled else used)
+        base = _bring(folder, target, base, link, progress)
+        check_unchanged(before, used)
+        if added:
+            write_safetensors(target / HYPER_CONNECTIONS, added, initial_tensors(model))
+        _write_index(target, config, base.map, added)
+        (target / CARD).write_text(model_card(config, destination.name), encoding="utf-8")
+        report = ConversionReport(
+            source=str(source),
+            destination=str(destination),
+            model_type=config.model_type,
+            num_streams=num_streams,
+            variant=variant,
+            init=init,
+            base_tensors=len(base.map),
+            added_parameters=sum(torch.Size(form.shape).numel() for form in added.values()),
+            added_bytes=sum(form.nbytes for form in added.values()),
+        )
+        if verify:
+            report = verify_conversion(folder, target, report=report)
+            record_verification(target, report, destination.name)
+        check_unchanged(before, used)
+    return report
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """The weight files of a base checkpoint and which tensor is in which; of `.bin` files what their index says."""
+
+    files: tuple[str, ...]
+    map: dict[str, str]
+    pickled: bool = False
+
+
+def added_tensors(model: torch.nn.Module) -> dict[str, TensorForm]:
+    """What the conversion adds to a model, by state-dict key; the model may be on the meta device."""
+    return {
+        f"{name}.{key}": TensorForm.of(tensor)
+        for name, module in _added_modules(model)
+        for key, tensor in module.state_dict().items()
+    }
+
+
+def initial_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The initial values of `added_tensors`, for a model on the meta device; each is gone when the next module comes."""
+    sizes = [sum(tensor.numel() for tensor in module.state_dict().values()) for _, module in _added_modules(model)]
+    # All in the same memory: what is allocated and freed once per module fragments the heap and is never given back.
+    memory = torch.empty(max(sizes, default=0), dtype=torch.float32)
     for name, module in _added_modules(model):
-        module.to_empty(device="cpu").reset_parameters()
-        tensors.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
-    return type(model).__name__, tensors
+        place(module, memory).reset_parameters()
+        yield from ((f"{name}.{key}", tensor) for key, tensor in module.state_dict().items())
+        module.to_empty(device="meta")
+
+
+def place(module: Float32Module, memory: Tensor) -> Float32Module:
+    """Puts the parameters of a module one after the other into `memory` `[N]`, uninitialised."""
+    begin = 0
+
+    def view(tensor: Tensor) -> Tensor:
+        nonlocal begin
+        begin += tensor.numel()
+        return memory[begin - tensor.numel() : begin].view(tensor.shape)
+
+    module._apply(view)
+    return module
+
+
+def record_verification(folder: Path, report: ConversionReport, name: str) -> None:
+    """Writes what a verification found into the configuration and the model card of a converted checkpoint."""
+    numbers = ["dtype", "tokens", "text", "bitwise_equal", "max_logit_difference", "max_logit", "mean_kl"]
+    numbers += ["top1_agreement", "lossless"]
+    content = read_json(folder / "config.json")
+    content["hc_conversion"]["verification"] = {number: getattr(report, number) for number in numbers}
+    write_json(folder / "config.json", content)
+    (folder / CARD).write_text(model_card(KromHCConfig.from_dict(content), name), encoding="utf-8")
 
 
 def _added_modules(model: torch.nn.Module) -> Iterator[tuple[str, Float32Module]]:
-    """What the conversion adds to a model: hyper-connections, and learned ends of the streams where there are any."""
+    """Hyper-connections, and learned ends of the streams where there are any."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Float32Module))
 
 
-def _converted_config(folder: Path, **options: Any) -> Any:
-    if not (folder / "config.json").is_file():
+def _base_config(folder: Path) -> dict[str, Any]:
+    """The configuration file of the base, which must be a full model without hyper-connections."""
+    path = folder / "config.json"
+    if not path.is_file():
         raise FileNotFoundError(f"source must be a checkpoint of transformers; {folder} has no config.json.")
-    raw = read_json(folder / "config.json")
+    raw = read_json(path)
     model_type = raw.get("model_type", "")
     if model_type.startswith(PREFIX):
         raise ValueError(
             f"source must be a checkpoint without hyper-connections; {folder} has been converted already "
             f"(model_type {model_type!r}). Convert its base model instead."
         )
-    config = KromHCConfig(backbone_config=AutoConfig.from_pretrained(folder), **options)
-    vars(config).pop("auto_map", None)
-    return config
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"source must be a full model; {folder} has an adapter (adapter_config.json). Merge the adapter first: "
+            "merge_and_unload() and save_pretrained()."
+        )
+    check_base_config(raw, path)
+    return raw
 
 
-def _copy_base(folder: Path, target: Path, weight_files: list[str], progress: Callable[[int, int], None]) -> None:
-    files = [folder / name for name in weight_files]
-    for companion in companions(folder):
-        files += [companion] if companion.is_file() else [path for path in companion.rglob("*") if path.is_file()]
+def _base_weights(folder: Path, raw: dict[str, Any]) -> BaseWeights:
+    pickled = pickled_weights(folder, raw)
+    if pickled is not None:
+        return BaseWeights(tuple(pickled[0]), pickled[1], pickled=True)
+    names = weight_map(folder, raw)
+    return BaseWeights(tuple(sorted(set(names.values()))), names)
+
+
+def _check_space(destination: Path, files: list[Path]) -> None:
+    """Refuses before anything is copied what would not fit."""
+    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(destination.parent).free
+    if needed > free:
+        raise OSError(
+            f"destination must have room for {needed:,} bytes; {destination.parent} has {free:,}. Free some space, "
+            "choose another destination, or use link='hardlink' or 'symlink', which take no space for safetensors."
+        )
+
+
+def _bring(
+    folder: Path, target: Path, base: BaseWeights, link: str, progress: Callable[[int, int], None]
+) -> BaseWeights:
+    """Brings weights and companions along; returns where the tensors are now."""
+    companions = companion_files(folder)
+    files = [*(folder / name for name in base.files), *companions]
     total, done = sum(path.stat().st_size for path in files), 0
 
     def advance(amount: int) -> None:
@@ -142,13 +239,37 @@ def _copy_base(folder: Path, target: Path, weight_files: list[str], progress: Ca
         done += amount
         progress(done, total)
 
-    for path in files:
-        copy = target / path.relative_to(folder)
+    names = dict(base.map)
+    for file in base.files:
+        if base.pickled:
+            held = rewrite_as_safetensors(folder / file, target / safetensors_name(file), advance)
+            check_shard(folder / PICKLED_INDEX, base.map, file, held)
+            names.update(dict.fromkeys(held, safetensors_name(file)))
+        else:
+            bring_file(folder / file, target / file, link, advance)
+    for companion in companions:
+        copy = target / companion.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(path, copy, advance)
+        bring_file(companion, copy, "copy", advance)
+        _leave_code_behind(companion, copy)
+    return replace(base, map=names)
 
 
-def _write_index(target: Path, config: Any, base_map: dict[str, str], added: dict[str, Tensor]) -> None:
+def _leave_code_behind(companion: Path, copy: Path) -> None:
+    """Takes out of a copied JSON file what names code, which does not travel."""
+    if companion.suffix != ".json" or b'"auto_map"' not in companion.read_bytes():
+        return
+    content = read_json(companion)
+    check_base_config(content, companion)
+    if companion.name == "tokenizer_config.json" and not companion.with_name("tokenizer.json").is_file():
+        raise ValueError(
+            f"source must have a tokenizer that needs no code of its own; {companion} names some in auto_map and there "
+            "is no tokenizer.json. Save a fast tokenizer beside it, or remove tokenizer_config.json."
+        )
+    write_json(copy, without_code(content))
+
+
+def _write_index(target: Path, config: Any, base_map: dict[str, str], added: dict[str, TensorForm]) -> None:
     config.save_pretrained(target)
     content = read_json(target / "config.json")
     index_name = WEIGHTS_INDEX

@@ -5,7 +5,8 @@ attention backends, tied weights and parallelism plans are inherited and never w
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -23,13 +24,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import fit_layer, layer_specs, supported_model_types
-from .configuration import PREFIX, KromHCConfig, config_class
+from .configuration import PREFIX, KromHCConfig, config_class, config_class_named
 from .decoder_layer import END_NAMES, HyperConnectedLayer, connect_layer
 from .hyper_connection import Float32Module, readout
+from .sharing import Shareable, class_name
 from .spec import LayerSpec, attribute
 
 
-class HyperConnectedModel:
+class HyperConnectedModel(Shareable):
     """Mixed in front of every transformers model class between the root and the decoder layers."""
 
     backbone_class: ClassVar[type[PreTrainedModel]]
@@ -41,7 +43,8 @@ class HyperConnectedModel:
         return super().__new__(cls)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        with _known_to_auto_model(type(config)):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         plan = plan_connections(self)
         # A head that builds its base model through AutoModel finds it connected already.
         if not isinstance(plan.layers[0], HyperConnectedLayer):
@@ -114,6 +117,21 @@ class HyperConnectedModel:
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls.backbone_class._can_set_experts_implementation()
+
+
+@contextmanager
+def _known_to_auto_model(config_type: Any) -> Iterator[None]:
+    """For heads that build their base model through `AutoModel`, where a copy of this file on the Hub is unknown."""
+    registered: Any = AutoModel._model_mapping
+    backbone = KromHCModel.backbone_for(config_type)
+    if backbone is None or config_type in registered:
+        yield
+        return
+    registered.register(config_type, model_class(backbone, config_type), exist_ok=True)
+    try:
+        yield
+    finally:
+        registered._extra_content.pop(config_type, None)
 
 
 class KromHCModel(HyperConnectedModel):
@@ -256,7 +274,7 @@ def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
 def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     model_type = config_type.backbone_config_class.model_type
     face = next((face for face in FACES if backbone_class.__name__ in _listed(face, model_type)), HyperConnectedModel)
-    name = _class_name(backbone_class, config_type.backbone_config_class)
+    name = class_name(backbone_class, config_type.backbone_config_class)
     namespace = {
         "__module__": __name__,
         "__qualname__": name,
@@ -289,18 +307,12 @@ def _listed(face: type[HyperConnectedModel], model_type: str) -> tuple[str, ...]
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _class_name(backbone_class: type[PreTrainedModel], config_class: type[Any]) -> str:
-    """`LlamaForCausalLM` -> `KromHCLlamaForCausalLM`, or `KromHCInternLM3ForCausalLM` for the config of InternLM3."""
-    own_stem = getattr(backbone_class.config_class, "__name__", "").removesuffix("Config")
-    stem = config_class.__name__.removesuffix("Config")
-    name = backbone_class.__name__
-    if backbone_class.config_class is not config_class and name.startswith(own_stem):
-        name = stem + name.removeprefix(own_stem)
-    return f"KromHC{name}"
-
-
 def __getattr__(name: str) -> Any:
-    # Pickle and `auto_map` look a generated class up by name.
+    # Pickle and `auto_map` look a generated class up by name. Configurations too: transformers makes a copy of the code
+    # for every file that `auto_map` names, and there must be one alone.
+    config_type: Any = config_class_named(name)
+    if config_type is not None:
+        return config_type
     plain = name.removeprefix("KromHC")
     for face in FACES if name.startswith("KromHC") else ():
         for model_type in supported_model_types():
@@ -308,6 +320,6 @@ def __getattr__(name: str) -> Any:
             if plain in _listed(face, model_type) or plain.startswith(stem):
                 config_type = config_class(model_type)
                 backbone = face.backbone_for(config_type)
-                if backbone is not None and _class_name(backbone, config_type.backbone_config_class) == name:
+                if backbone is not None and class_name(backbone, config_type.backbone_config_class) == name:
                     return model_class(backbone, config_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

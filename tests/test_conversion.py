@@ -16,7 +16,7 @@ from tiny import configurations, make_model, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kromhc_hf import convert_checkpoint, verify_conversion
-from kromhc_hf.checkpoint import new_folder
+from kromhc_hf.folders import new_folder
 
 
 REAL = ("stories15M", "stories260K", "gpt2-tinystories-1M", "gpt-nano-sort")
@@ -220,7 +220,7 @@ def test_foreign_code_and_files_stay_behind(base, tmp_path):
     written = contents(tmp_path / "out")
     assert written.keys().isdisjoint({"evil.py", "pytorch_model.bin"})
     assert written["LICENSE"] == b"MIT"
-    assert "auto_map" not in json.loads(written["config.json"])
+    assert json.loads(written["config.json"])["auto_map"]["AutoConfig"] == "modeling.KromHCLlamaConfig"
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path):

@@ -1,0 +1,125 @@
+"""The model card of a repository with hyper-connections: metadata, numbers, how to load it, citation."""
+
+import json
+from typing import Any
+
+
+LIBRARY = "https://pypi.org/project/kromhc-hf/"
+TAGS = ("kromhc", "hyper-connections", "mhc", "text-generation")
+
+USE_WITH = """With [kromhc-hf]({library}) (`pip install kromhc-hf`), which runs no code from this repository:
+
+```python
+import kromhc_hf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})
+```
+"""
+
+USE_WITHOUT = """With transformers alone, through the code files in this repository (modules of kromhc-hf, Apache-2.0):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)
+```
+"""
+
+USE_ON_BASE = """\
+This repository holds the hyper-connections alone. [kromhc-hf]({library}) (`pip install kromhc-hf`) loads them
+on top of the base model, which is fetched at the revision that they were made for:
+
+```python
+from kromhc_hf import load_hyper_connections
+
+model = load_hyper_connections({name})
+```
+"""
+
+CITATION = """## Citation
+
+```bibtex
+@misc{kromhc2026,
+  title = {KromHC: Manifold-Constrained Hyper-Connections with Kronecker-Product Residual Matrices},
+  year = {2026},
+  eprint = {2601.21579},
+  archivePrefix = {arXiv}
+}
+```
+"""
+
+
+def model_card(config: Any, name: str, *, tags: tuple[str, ...] = (), weights: str = "all") -> str:
+    """The text of README.md.
+
+    Args:
+        config: of the model; its `hc_conversion` says what is known about the base.
+        name: repository id, or what to write in its place.
+        tags: beside the usual ones.
+        weights: "all", "hyper-connections" where the repository holds no base weights, or "none" for a configuration.
+    """
+    origin = getattr(config, "hc_conversion", None) or {}
+    usage = (USE_ON_BASE,) if weights == "hyper-connections" else (USE_WITH, USE_WITHOUT)
+    parts = [
+        _metadata(origin, tags, weights),
+        f"# {name.rpartition('/')[2]}\n",
+        _description(config, origin, weights),
+        "## Use\n",
+        *(text.format(library=LIBRARY, name=json.dumps(name)) for text in usage),
+        *([_verification(origin["verification"])] if origin.get("verification") else []),
+        CITATION,
+    ]
+    return "\n".join(parts)
+
+
+def _metadata(origin: dict[str, Any], tags: tuple[str, ...], weights: str) -> str:
+    # Values in JSON are YAML.
+    fields: dict[str, Any] = {
+        "library_name": "kromhc-hf" if weights == "hyper-connections" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys((*TAGS, *tags))),
+    }
+    if origin.get("base_model"):
+        relation = "adapter" if weights == "hyper-connections" else "finetune"
+        fields |= {"base_model": origin["base_model"], "base_model_relation": relation}
+    fields |= origin.get("license") or {}
+    return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---", ""])
+
+
+def _description(config: Any, origin: dict[str, Any], weights: str) -> str:
+    name = origin.get("base_model")
+    base = f"[{name}](https://huggingface.co/{name})" if name else ""
+    at = f" at revision `{origin['base_revision']}`" if base and origin.get("base_revision") else ""
+    what = {
+        "all": f"{base or 'A causal language model'}{at} with",
+        "hyper-connections": f"Hyper-connections that give {base or 'a causal language model'}{at}",
+        "none": "A configuration with",
+    }[weights]
+    return (
+        f"{what} {config.hc_num_streams} residual streams instead of one ([KromHC](https://arxiv.org/abs/2601.21579)).\n"
+        "Each residual branch reads a learned mixture of the streams and writes its output back with learned weights;\n"
+        "a small matrix mixes them.\n\n"
+        f"| model type | `{config.model_type}` |\n|---|---|\n"
+        f"| variant | `{config.hc_variant}` |\n| init | `{config.hc_init}` |\n| readout | `{config.hc_readout}` |\n"
+    )
+
+
+def _verification(numbers: dict[str, Any]) -> str:
+    logits = (
+        "bitwise equal"
+        if numbers["bitwise_equal"]
+        else f"largest difference {numbers['max_logit_difference']:.3g} (largest logit {numbers['max_logit']:.3g})"
+    )
+    kind = "text" if numbers["text"] else "random"
+    return (
+        "## Verification\n\n"
+        "The base model and the converted one, as the conversion wrote it and before any training, on the same tokens "
+        "(`kromhc verify` repeats it):\n\n"
+        f"| compared on | {numbers['tokens']} {kind} tokens in {numbers['dtype']} |\n|---|---|\n"
+        f"| logits | {logits} |\n| mean KL | {numbers['mean_kl']:.3g} nats |\n"
+        f"| top-1 agreement | {numbers['top1_agreement']:.2%} |\n"
+        f"| lossless | {'yes' if numbers['lossless'] else 'no'} |\n"
+    )
