@@ -26,7 +26,7 @@ def factors() -> Any:
     product = make_mixing("kromhc", 4).matrix(torch.tensor([-torch.logit(torch.tensor(share)) for share in shares]))
     torch.testing.assert_close(product, torch.kron(*parts))
     print(f"factors: sums of rows {product.sum(1).tolist()}, of columns {product.sum(0).tolist()}")
-    figure = new_figure(1.5 * WIDTH, 2.1)
+    figure = new_figure(1.2 * WIDTH, 1.9)
     for panel, matrix, title in zip(figure.subplots(1, 3), [*parts, product], ["U_1", "U_2", "H_res = U_1 ⊗ U_2"]):
         draw_matrix(panel, matrix, title)
         panel.set_xlabel("from", color=INK)
