@@ -81,7 +81,7 @@ def draw_matrix(
     if len(matrix) <= 5:
         write_values(panel, image, matrix)
     panel.set_title(title, fontsize=9, color=INK)
-    ticks = range(0, len(matrix), -(-len(matrix) // 8))
+    ticks = range(0, len(matrix), -(-len(matrix) // 6))
     panel.set_xticks([i + 0.5 for i in ticks], list(map(str, ticks)))
     panel.set_yticks([i + 0.5 for i in ticks], list(map(str, ticks)))
     panel.set_xlabel("from stream (index)", fontsize=8)
@@ -120,8 +120,11 @@ def matrix_figure(
     matrix: Tensor, title: str, limits: tuple[float, float] = (0, 1), colours: str = SEQUENTIAL
 ) -> "Figure":
     """One `[n, n]` matrix as a small heat map."""
-    figure = new_figure(SMALL, SMALL + 0.3)
-    draw_matrix(figure.subplots(), matrix, title, limits, colours)
+    from matplotlib.figure import Figure
+
+    # Deep models have many of these, and to compute a layout takes longer than to draw.
+    figure = Figure(figsize=(SMALL, SMALL + 0.3))
+    draw_matrix(figure.add_axes((0.24, 0.2, 0.72, 0.615)), matrix, title, limits, colours)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from browser import DARK, measure, screenshot
 from handmade import IDENTITY, SWAP, TOKENS, UNIFORM, N, handmade, record
 
+from kromhc_hf import convert_checkpoint
 from kromhc_hf.plots import depth_map_figure, token_map_figure, visible
 from kromhc_hf.report import report_html, write_report
 from kromhc_hf.report_sections import sections, weight_limits
@@ -175,3 +177,19 @@ def test_a_browser_shows_every_figure(page, tmp_path, width, flags):
         seen = pixels[top : top + height, left : min(left + figure_width, width)]
         # Drawn: text and picture stand out from the card in light and in dark.
         assert seen.max() - seen.min() > 0.5, figure
+
+
+def test_a_real_checkpoint_takes_seconds_and_shows_progress(kromhc, shared, tmp_path):
+    convert_checkpoint(shared / "models" / "stories15M", tmp_path / "converted")
+    start = time.process_time()
+    code, out, err = kromhc("inspect", tmp_path / "converted", "--output", tmp_path / "report")
+    # Time of the processor, since wall time is that of everything else on the machine too.
+    assert time.process_time() - start < 30
+    assert code == 0
+    assert "138,396" in out
+    assert "drawing" in err
+    assert "29/29" in err
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    data = json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])
+    assert data["model"]["total"]["stream_spread"] == 0
+    assert data["model"]["tokens"][:3] == ["<s>", "Once", "upon"]
