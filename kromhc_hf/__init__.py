@@ -79,4 +79,6 @@ def __getattr__(name: str) -> Any:
         raise ImportError(
             "KromHCPeftConfig needs the package peft, which is not installed: pip install 'kromhc-hf[peft]'."
         )
+    if name == "KromHCPeftConfig":
+        import_module("peft")  # which registers the method, and imports our module for it
     return getattr(import_module(_LAZY[name], __name__), name)

@@ -77,11 +77,15 @@ class HyperConnectedModel(Shareable):
         """Loads a checkpoint with hyper-connections, see `PreTrainedModel.from_pretrained`."""
         if hasattr(cls, "backbone_class"):
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[misc]
+        # The dtype to load in is not the one that the configuration records.
+        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         if config is None:
             config, kwargs = KromHCConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-        return cls.class_for(config).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        return cls.class_for(config).from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, **kwargs, **dtype
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

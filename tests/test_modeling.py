@@ -104,6 +104,15 @@ def test_faces_and_auto_classes_agree(tmp_path, face, auto, name):
     assert type(auto.from_config(AutoConfig.from_pretrained(tmp_path))) is type(model)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float64", torch.bfloat16, torch.float32], ids=str)
+def test_faces_load_in_the_dtype_that_is_asked_for(tmp_path, dtype):
+    apply_hyper_connections(make_model(configurations("llama")[0], torch.float16)).save_pretrained(tmp_path)
+    model = KromHCForCausalLM.from_pretrained(tmp_path, dtype=dtype, hc_num_streams=4)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert model.dtype == reference.dtype == {"auto": torch.float16, "float64": torch.float64}.get(dtype, dtype)
+    assert equal_state(model, reference)
+
+
 def test_classifier_loads_from_a_language_model(tmp_path):
     model = trained_looking(apply_hyper_connections(make_model(configurations("llama")[0])))
     model.save_pretrained(tmp_path)

@@ -314,6 +314,15 @@ def test_a_wrong_base_is_refused(tmp_path):
         PeftModel.from_pretrained(retrofitted(), tmp_path)
 
 
+@pytest.mark.parametrize("first", ["kromhc_hf", "peft"])
+def test_the_method_is_known_whichever_package_comes_first(first):
+    imports = {"kromhc_hf": "from kromhc_hf import KromHCPeftConfig", "peft": "import peft"}
+    lines = [imports.pop(first), *imports.values(), "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING"]
+    lines.append("print(KromHCPeftConfig().peft_type in PEFT_TYPE_TO_TUNER_MAPPING)")
+    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "True"
+
+
 def test_an_unsupported_family_is_refused():
     from transformers import BertConfig, BertLMHeadModel
 
