@@ -112,6 +112,10 @@ def verify(
     text: Annotated[Path | None, typer.Option(help="File with the text to run both on.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Compare at most so many tokens.")] = 256,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the stored one.")] = "auto",
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Load one layer at a time, for models larger than memory: all, or a slice such as 8:12."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a base model and its converted form on the same tokens; exit 1 if a lossless init is not lossless."""
@@ -119,7 +123,9 @@ def verify(
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16; got {dtype!r}.")
     sample = None if text is None else text.read_text(encoding="utf-8")
     with messages.status("running both models on the same tokens"):
-        report = verify_conversion(base, converted, text=sample, max_tokens=max_tokens, dtype=dtype)
+        report = verify_conversion(
+            base, converted, text=sample, max_tokens=max_tokens, dtype=dtype, layers=_layers(layers)
+        )
     _finish(report, as_json)
 
 
@@ -206,6 +212,18 @@ def _print_inspection(inspection: Inspection) -> None:
     output.print(table, totals)
 
 
+def _layers(text: str | None) -> str | range | None:
+    """`8:12` as a range; None and `all` as they are."""
+    if text is None or text == "all":
+        return text
+    first, colon, stop = text.partition(":")
+    if not (colon and first.isdecimal() and stop.isdecimal()):
+        raise ValueError(
+            f"layers must be all, or first:stop with two whole numbers; got {text!r}. Use for example 0:4."
+        )
+    return range(int(first), int(stop))
+
+
 def _push(folder: Path, repo_id: str, private: bool) -> None:
     # On stderr, where the JSON of the report is not in the way.
     messages.print(f"uploaded: {push_folder(folder, repo_id, private=private or None)}", soft_wrap=True)
@@ -246,10 +264,17 @@ def _rows(report: ConversionReport) -> list[tuple[str, Any]]:
         ("logits", f"{verdict} (largest |logit| {report.max_logit:.3g})"),
         ("mean KL", f"{report.mean_kl:.3g} nats"),
         ("top-1 agreement", f"{report.top1_agreement:.2%}"),
-        ("greedy, base", report.greedy_base),
-        ("greedy, converted", report.greedy_converted),
+        *_continuation_or_layers(report),
         ("lossless", {True: "yes", False: "NO"}[bool(report.lossless)]),
     ]
+
+
+def _continuation_or_layers(report: ConversionReport) -> list[tuple[str, Any]]:
+    if report.layers is None:
+        return [("greedy, base", report.greedy_base), ("greedy, converted", report.greedy_converted)]
+    first = report.first_different_layer
+    verdict = "all equal" if first is None else f"layer {first} is the first that differs"
+    return [("compared one by one", f"{len(report.layers)} layers: {verdict}")]
 
 
 def main() -> None:

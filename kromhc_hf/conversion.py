@@ -1,9 +1,7 @@
 """A checkpoint with hyper-connections from one without: the base tensors stay as they are, a small file is added."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +9,27 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .base_files import base_config, base_weights, bring_base, check_space
 from .checkpoint import (
     CARD,
     WEIGHTS,
     WEIGHTS_INDEX,
-    check_shard,
     check_unchanged,
     companion_files,
     fingerprints,
-    pickled_weights,
     read_json,
     resolve_source,
-    weight_map,
     write_json,
 )
-from .configuration import PREFIX, KromHCConfig
+from .configuration import KromHCConfig
+from .conversion_report import ConversionReport
 from .folders import new_folder
-from .foreign_code import check_base_config, without_code
 from .hyper_connection import Float32Module
-from .linking import bring_file, check_link
+from .linking import check_link
 from .model_card import model_card
 from .origin import origin_of
-from .pickled import PICKLED_INDEX, rewrite_as_safetensors, safetensors_name
 from .safetensors_writer import TensorForm, write_safetensors
-from .verification import ConversionReport, verify_conversion
+from .verification import verify_conversion
 
 
 HYPER_CONNECTIONS = "kromhc.safetensors"
@@ -86,7 +81,7 @@ def convert_checkpoint(
     check_link(link)
     folder, destination = resolve_source(source, revision), Path(destination)
     before = fingerprints(folder)
-    raw = _base_config(folder)
+    raw = base_config(folder)
     config: Any = KromHCConfig(
         backbone_config=AutoConfig.from_pretrained(folder),
         hc_num_streams=num_streams,
@@ -98,15 +93,15 @@ def convert_checkpoint(
         hc_eps=eps,
     )
     config.hc_conversion = origin_of(source, folder, base_model)
-    base = _base_weights(folder, raw)
+    base = base_weights(folder, raw)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     added = added_tensors(model)
     used = [folder / "config.json", *(folder / name for name in base.files), *companion_files(folder)]
     with new_folder(destination) as target:
-        _check_space(destination, [] if link in ("hardlink", "symlink") and not base.pickled else used)
-        base = _bring(folder, target, base, link, progress)
+        check_space(destination, [] if link in ("hardlink", "symlink") and not base.pickled else used)
+        base = bring_base(folder, target, base, link, progress)
         check_unchanged(before, used)
         if added:
             write_safetensors(target / HYPER_CONNECTIONS, added, initial_tensors(model))
@@ -130,15 +125,6 @@ def convert_checkpoint(
     return report
 
 
-@dataclass(frozen=True)
-class BaseWeights:
-    """The weight files of a base checkpoint and which tensor is in which; of `.bin` files what their index says."""
-
-    files: tuple[str, ...]
-    map: dict[str, str]
-    pickled: bool = False
-
-
 def added_tensors(model: torch.nn.Module) -> dict[str, TensorForm]:
     """What the conversion adds to a model, by state-dict key; the model may be on the meta device."""
     return {
@@ -149,7 +135,7 @@ def added_tensors(model: torch.nn.Module) -> dict[str, TensorForm]:
 
 
 def initial_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The initial values of `added_tensors`, for a model on the meta device; each is gone when the next module comes."""
+    """The initial values of `added_tensors`, for a model on the meta device; each is gone when the next one comes."""
     sizes = [sum(tensor.numel() for tensor in module.state_dict().values()) for _, module in _added_modules(model)]
     # All in the same memory: what is allocated and freed once per module fragments the heap and is never given back.
     memory = torch.empty(max(sizes, default=0), dtype=torch.float32)
@@ -185,88 +171,6 @@ def record_verification(folder: Path, report: ConversionReport, name: str) -> No
 def _added_modules(model: torch.nn.Module) -> Iterator[tuple[str, Float32Module]]:
     """Hyper-connections, and learned ends of the streams where there are any."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Float32Module))
-
-
-def _base_config(folder: Path) -> dict[str, Any]:
-    """The configuration file of the base, which must be a full model without hyper-connections."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"source must be a checkpoint of transformers; {folder} has no config.json.")
-    raw = read_json(path)
-    model_type = raw.get("model_type", "")
-    if model_type.startswith(PREFIX):
-        raise ValueError(
-            f"source must be a checkpoint without hyper-connections; {folder} has been converted already "
-            f"(model_type {model_type!r}). Convert its base model instead."
-        )
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"source must be a full model; {folder} has an adapter (adapter_config.json). Merge the adapter first: "
-            "merge_and_unload() and save_pretrained()."
-        )
-    check_base_config(raw, path)
-    return raw
-
-
-def _base_weights(folder: Path, raw: dict[str, Any]) -> BaseWeights:
-    pickled = pickled_weights(folder, raw)
-    if pickled is not None:
-        return BaseWeights(tuple(pickled[0]), pickled[1], pickled=True)
-    names = weight_map(folder, raw)
-    return BaseWeights(tuple(sorted(set(names.values()))), names)
-
-
-def _check_space(destination: Path, files: list[Path]) -> None:
-    """Refuses before anything is copied what would not fit."""
-    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(destination.parent).free
-    if needed > free:
-        raise OSError(
-            f"destination must have room for {needed:,} bytes; {destination.parent} has {free:,}. Free some space, "
-            "choose another destination, or use link='hardlink' or 'symlink', which take no space for safetensors."
-        )
-
-
-def _bring(
-    folder: Path, target: Path, base: BaseWeights, link: str, progress: Callable[[int, int], None]
-) -> BaseWeights:
-    """Brings weights and companions along; returns where the tensors are now."""
-    companions = companion_files(folder)
-    files = [*(folder / name for name in base.files), *companions]
-    total, done = sum(path.stat().st_size for path in files), 0
-
-    def advance(amount: int) -> None:
-        nonlocal done
-        done += amount
-        progress(done, total)
-
-    names = dict(base.map)
-    for file in base.files:
-        if base.pickled:
-            held = rewrite_as_safetensors(folder / file, target / safetensors_name(file), advance)
-            check_shard(folder / PICKLED_INDEX, base.map, file, held)
-            names.update(dict.fromkeys(held, safetensors_name(file)))
-        else:
-            bring_file(folder / file, target / file, link, advance)
-    for companion in companions:
-        copy = target / companion.relative_to(folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        bring_file(companion, copy, "copy", advance)
-        _leave_code_behind(companion, copy)
-    return replace(base, map=names)
-
-
-def _leave_code_behind(companion: Path, copy: Path) -> None:
-    """Takes out of a copied JSON file what names code, which does not travel."""
-    if companion.suffix != ".json" or b'"auto_map"' not in companion.read_bytes():
-        return
-    content = read_json(companion)
-    check_base_config(content, companion)
-    if companion.name == "tokenizer_config.json" and not companion.with_name("tokenizer.json").is_file():
-        raise ValueError(
-            f"source must have a tokenizer that needs no code of its own; {companion} names some in auto_map and there "
-            "is no tokenizer.json. Save a fast tokenizer beside it, or remove tokenizer_config.json."
-        )
-    write_json(copy, without_code(content))
 
 
 def _write_index(target: Path, config: Any, base_map: dict[str, str], added: dict[str, TensorForm]) -> None:

@@ -2,13 +2,18 @@
 
 import gc
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .checkpoint import resolve_source
+from .conversion_report import ConversionReport
+from .layerwise import LayerwiseModel
 
 
 # In fp32 sums of the same terms in another order differ in the last bits; in half precision nothing may differ.
@@ -22,65 +27,6 @@ looked up at the lamp through the rain. "Something with a happy end," he said. "
 went below, and had soup, and slept until the morning."""
 
 
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion added, and how the converted model compares with its base.
-
-    The second half is None until the two have been run on the same tokens.
-
-    Args:
-        source: base checkpoint.
-        destination: converted checkpoint.
-        model_type: of the converted model.
-        num_streams, variant, init: of the hyper-connections.
-        base_tensors: number of tensors taken over unchanged.
-        added_parameters: number of hyper-connection parameters.
-        added_bytes: their size.
-        dtype: in which both models ran.
-        tokens: number of tokens compared.
-        text: whether they were real text (a tokenizer was there) or random.
-        bitwise_equal: whether all logits are the same bits.
-        max_logit_difference: largest |logit difference|.
-        max_logit: largest |logit| of the base, the scale of the difference.
-        mean_kl: mean over tokens of KL(base || converted), nats.
-        top1_agreement: share of tokens with the same most likely next token.
-        greedy_base, greedy_converted: greedy continuation of both, text or token ids.
-        lossless_init: whether the init promises an unchanged function.
-        lossless: bitwise equal, or in fp32 within 2e-6 of the largest logit, and the same greedy continuation.
-    """
-
-    source: str
-    destination: str
-    model_type: str
-    num_streams: int
-    variant: str
-    init: str
-    base_tensors: int
-    added_parameters: int
-    added_bytes: int
-    dtype: str | None = None
-    tokens: int | None = None
-    text: bool | None = None
-    bitwise_equal: bool | None = None
-    max_logit_difference: float | None = None
-    max_logit: float | None = None
-    mean_kl: float | None = None
-    top1_agreement: float | None = None
-    greedy_base: str | None = None
-    greedy_converted: str | None = None
-    lossless_init: bool | None = None
-    lossless: bool | None = None
-
-    @property
-    def passed(self) -> bool:
-        """False only where an init that promises an unchanged function did not keep it."""
-        return not (self.lossless_init and self.lossless is False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and `passed`, ready for JSON."""
-        return {**asdict(self), "passed": self.passed}
-
-
 @torch.no_grad()
 def verify_conversion(
     base: str | os.PathLike[str],
@@ -90,9 +36,13 @@ def verify_conversion(
     max_tokens: int = 256,
     new_tokens: int = 32,
     dtype: torch.dtype | str = "auto",
+    layers: str | Sequence[int] | None = None,
     report: ConversionReport | None = None,
 ) -> ConversionReport:
     """Runs a base model and its converted form on the same tokens and compares what comes out.
+
+    With `layers`, the models are run one decoder layer at a time, which takes the memory of the embeddings, one layer
+    and the head, and the output of every layer is compared too.
 
     Args:
         base: folder or Hub id of the base checkpoint.
@@ -101,50 +51,115 @@ def verify_conversion(
         max_tokens: at most so many tokens, and never more than the model's context.
         new_tokens: length of the greedy continuation.
         dtype: to load both in; "auto" is the one they are stored in.
+        layers: "all" to compare layer by layer, or the positions of some layers, such as `range(8, 12)`, which are then
+            run on the embeddings as if there were no others. None runs the whole models in memory.
         report: a report to complete, as the conversion wrote it.
 
     Raises:
-        ValueError: if `converted` has no hyper-connections.
+        ValueError: if `converted` has no hyper-connections, or there are no such layers.
         OSError: if one of the two cannot be loaded.
     """
+    if layers is not None:
+        return _verify_layers(base, converted, layers, text, max_tokens, dtype, report)
     base_logits, base_greedy, base_model, tokens, tokenizer = _run(base, None, text, max_tokens, new_tokens, dtype)
     logits, greedy, model, _, _ = _run(converted, tokens, text, max_tokens, new_tokens, dtype)
+    report = report or _report(base, converted, base_model, model)
+    return replace(
+        _compared(report, base_logits, logits, model.config),
+        dtype=str(base_model.dtype).removeprefix("torch."),
+        tokens=tokens.numel(),
+        text=tokenizer is not None,
+        greedy_base=_spell(base_greedy, tokenizer),
+        greedy_converted=_spell(greedy, tokenizer),
+        lossless=_close(logits, base_logits, base_model.dtype) and torch.equal(base_greedy, greedy),
+    )
+
+
+def _verify_layers(
+    base: str | os.PathLike[str],
+    converted: str | os.PathLike[str],
+    layers: str | Sequence[int],
+    text: str | None,
+    max_tokens: int,
+    dtype: torch.dtype | str,
+    report: ConversionReport | None,
+) -> ConversionReport:
+    """`verify_conversion` with one layer of one model in memory at a time."""
+    model = LayerwiseModel(resolve_source(base), dtype)
+    config, wanted = model.model.config, _positions(layers, len(model.layers))
+    length = min(max_tokens, getattr(config, "max_position_embeddings", None) or max_tokens)
+    tokens, tokenizer = sample_tokens(base, text, length, config.vocab_size)
+    base_logits, base_states = model.run(tokens, wanted)
+    other = LayerwiseModel(resolve_source(converted), model.dtype)
+    report = report or _report(base, converted, model.model, other.model)
+    logits, states = other.run(tokens, wanted)
+    pairs = zip(wanted, states, base_states)
+    different = (position for position, state, expected in pairs if not _close(state, expected, model.dtype))
+    first = next(different, None)
+    return replace(
+        _compared(report, base_logits, logits, other.model.config),
+        dtype=str(model.dtype).removeprefix("torch."),
+        tokens=tokens.numel(),
+        text=tokenizer is not None,
+        lossless=first is None and _close(logits, base_logits, model.dtype),
+        layers=tuple(wanted),
+        first_different_layer=first,
+    )
+
+
+def _positions(layers: str | Sequence[int], count: int) -> list[int]:
+    if layers == "all":
+        return list(range(count))
+    positions = [] if isinstance(layers, str) else sorted(set(layers))
+    if not positions or positions[0] < 0 or positions[-1] >= count:
+        raise ValueError(
+            f"layers must be 'all' or positions from 0 to {count - 1}; got {layers!r}. Use for example range({count})."
+        )
+    return positions
+
+
+def _close(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two results are the same bits, or in fp32 as close as sums in another order are."""
+    if torch.equal(values, expected):
+        return True
+    wide = dtype in (torch.float32, torch.float64)
+    return wide and (values - expected).abs().max().item() <= LOSSLESS_FP32 * expected.abs().max().item()
+
+
+def _report(base: Any, converted: Any, base_model: Any, model: Any) -> ConversionReport:
+    """A report of what is known without running the models."""
     config = model.config
     if not hasattr(config, "hc_num_streams"):
         raise ValueError(
             f"the second model must have hyper-connections; got model_type {config.model_type!r} in {converted}. "
             "Give the base first and the converted checkpoint second."
         )
-    added = [tensor for name, tensor in model.state_dict().items() if name not in base_model.state_dict()]
-    report = report or ConversionReport(
+    base_names = base_model.state_dict().keys()
+    added = [tensor for name, tensor in model.state_dict().items() if name not in base_names]
+    return ConversionReport(
         source=str(base),
         destination=str(converted),
         model_type=config.model_type,
         num_streams=config.hc_num_streams,
         variant=config.hc_variant,
         init=config.hc_init,
-        base_tensors=len(base_model.state_dict()),
+        base_tensors=len(base_names),
         added_parameters=sum(tensor.numel() for tensor in added),
         added_bytes=sum(tensor.nbytes for tensor in added),
     )
-    difference, scale = (logits - base_logits).abs().max().item(), base_logits.abs().max().item()
-    equal = torch.equal(logits, base_logits)
-    close = base_model.dtype in (torch.float32, torch.float64) and difference <= LOSSLESS_FP32 * scale
+
+
+def _compared(report: ConversionReport, base_logits: Tensor, logits: Tensor, config: Any) -> ConversionReport:
+    """The report with the numbers of two sets of logits."""
     log_base, log_converted = base_logits.double().log_softmax(-1), logits.double().log_softmax(-1)
     return replace(
         report,
-        dtype=str(base_model.dtype).removeprefix("torch."),
-        tokens=tokens.numel(),
-        text=tokenizer is not None,
-        bitwise_equal=equal,
-        max_logit_difference=difference,
-        max_logit=scale,
+        bitwise_equal=torch.equal(logits, base_logits),
+        max_logit_difference=(logits - base_logits).abs().max().item(),
+        max_logit=base_logits.abs().max().item(),
         mean_kl=F.kl_div(log_converted, log_base, reduction="none", log_target=True).sum(-1).mean().item(),
         top1_agreement=(log_base.argmax(-1) == log_converted.argmax(-1)).double().mean().item(),
-        greedy_base=_spell(base_greedy, tokenizer),
-        greedy_converted=_spell(greedy, tokenizer),
         lossless_init=config.hc_init == "identity",
-        lossless=(equal or close) and torch.equal(base_greedy, greedy),
     )
 
 

@@ -51,6 +51,21 @@ def test_a_broken_promise_exits_with_1(kromhc, base, tmp_path):
     assert "promises an unchanged function, but the outputs differ" in err
 
 
+def test_verify_layer_by_layer(kromhc, base, tmp_path):
+    kromhc("convert", base, tmp_path / "out", "--no-verify", "--link", "symlink")
+    code, out, _ = kromhc("verify", base, tmp_path / "out", "--layers", "all")
+    assert code == 0
+    assert "3 layers: all equal" in out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model.model.layers[1].attn_hc.bias[4] += 1
+    model.save_pretrained(tmp_path / "changed")
+    code, out, err = kromhc("verify", base, tmp_path / "changed", "--layers", "0:2")
+    assert code == 1
+    assert "2 layers: layer 1 is the first that differs" in out
+    assert "promises an unchanged function" in err
+
+
 def test_an_init_without_promise_exits_with_0(kromhc, base, tmp_path):
     code, out, _ = kromhc("convert", base, tmp_path / "out", "--init", "paper", "--readout", "sum")
     assert code == 0
@@ -68,6 +83,11 @@ def test_an_init_without_promise_exits_with_0(kromhc, base, tmp_path):
         (["convert", "{base}", "{tmp}/out", "--init", "x"], "init must be one of identity, paper; got 'x'."),
         (["convert", "{base}", "{base}"], "is not empty. Choose another destination"),
         (["convert", "{tmp}/nothing", "{tmp}/out"], "source must be an existing folder or a Hub id"),
+        (["convert", "{base}", "{tmp}/out", "--link", "move"], "link must be one of copy, hardlink, symlink"),
+        (["convert", "{base}", "{tmp}/out", "--base-model", "no id"], "base_model must be a Hub id"),
+        (["push", "{base}", "ada/model"], "must hold a checkpoint with hyper-connections"),
+        (["verify", "{base}", "{base}", "--layers", "2"], "layers must be all, or first:stop"),
+        (["verify", "{base}", "{base}", "--layers", "2:9"], "layers must be 'all' or positions from 0 to 2"),
         (["verify", "{base}", "{base}"], "must have hyper-connections; got model_type 'llama'"),
         (["verify", "{base}", "{tmp}/nothing"], "nothing"),
         (["verify", "{base}", "{base}", "--dtype", "int8"], "dtype must be auto, float32, bfloat16 or float16"),

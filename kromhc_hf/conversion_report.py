@@ -1,0 +1,69 @@
+"""What a conversion did, and what its verification found."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion added, and how the converted model compares with its base.
+
+    The second half is None until the two have been run on the same tokens.
+
+    Args:
+        source: base checkpoint.
+        destination: converted checkpoint.
+        model_type: of the converted model.
+        num_streams, variant, init: of the hyper-connections.
+        base_tensors: number of tensors taken over unchanged.
+        added_parameters: number of hyper-connection parameters.
+        added_bytes: their size.
+        dtype: in which both models ran.
+        tokens: number of tokens compared.
+        text: whether they were real text (a tokenizer was there) or random.
+        bitwise_equal: whether all logits are the same bits.
+        max_logit_difference: largest |logit difference|.
+        max_logit: largest |logit| of the base, the scale of the difference.
+        mean_kl: mean over tokens of KL(base || converted), nats.
+        top1_agreement: share of tokens with the same most likely next token.
+        greedy_base, greedy_converted: greedy continuation of both, text or token ids.
+        lossless_init: whether the init promises an unchanged function.
+        lossless: bitwise equal, or in fp32 within 2e-6 of the largest logit, and the same greedy continuation.
+        layers: positions of the layers that were compared one by one; None where the whole models ran. There is no
+            greedy continuation then.
+        first_different_layer: the first of them whose output differs by more than lossless allows; None if there is
+            none.
+    """
+
+    source: str
+    destination: str
+    model_type: str
+    num_streams: int
+    variant: str
+    init: str
+    base_tensors: int
+    added_parameters: int
+    added_bytes: int
+    dtype: str | None = None
+    tokens: int | None = None
+    text: bool | None = None
+    bitwise_equal: bool | None = None
+    max_logit_difference: float | None = None
+    max_logit: float | None = None
+    mean_kl: float | None = None
+    top1_agreement: float | None = None
+    greedy_base: str | None = None
+    greedy_converted: str | None = None
+    lossless_init: bool | None = None
+    lossless: bool | None = None
+    layers: tuple[int, ...] | None = None
+    first_different_layer: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        """False only where an init that promises an unchanged function did not keep it."""
+        return not (self.lossless_init and self.lossless is False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and `passed`, ready for JSON."""
+        return {**asdict(self), "passed": self.passed}
