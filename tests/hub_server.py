@@ -1,8 +1,8 @@
 """A Hub on 127.0.0.1 that keeps everything in memory and speaks what the client of huggingface_hub uses.
 
 Repositories with branches and commits, preupload, LFS batch, upload and verification, commits as ndjson, resolve with
-ETag, redirect to a file store and byte ranges, tree listing, tokens and private repositories. Connections can be made to
-break.
+ETag, redirect to a file store and byte ranges, tree listing, tokens and private repositories. Connections can be made
+to break.
 """
 
 import base64
@@ -145,10 +145,10 @@ class Handler(BaseHTTPRequestHandler):
         self.body_read = True
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def answer(self, content: Any, status: int = 200, headers: dict[str, str] = {}) -> None:
+    def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -81,7 +81,7 @@ def test_links(base, tmp_path, link):
         base, tmp_path / "out", link=link, verify=True, progress=lambda done, total: steps.append((done, total))
     )
     assert report.bitwise_equal
-    shards = [path for path in (tmp_path / "out").glob("model-*.safetensors")]
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 2
     for shard in shards:
         original = base / shard.name
@@ -304,7 +304,7 @@ def test_pickled_bases(tmp_path, kind, dtype):
     assert report.bitwise_equal
     assert report.base_tensors == len(state)
     assert contents(base) == before
-    written = [path for path in (tmp_path / "out").glob("model*.safetensors")]
+    written = list((tmp_path / "out").glob("model*.safetensors"))
     assert len(written) == (3 if kind == "sharded" else 1)
     assert not list((tmp_path / "out").glob("*.bin"))
     loaded = {name: tensor for path in written for name, tensor in load_file(path).items()}
