@@ -115,6 +115,7 @@ def run(test: str, model_id: str, config_cls: type, options: dict[str, Any]) -> 
             function(model_id, config_cls, dict(options), *further)
     except pytest.skip.Exception as skipped:
         return SKIPPED, str(skipped)
-    except Exception as error:
+    # pytest's own failures, such as an error that was not raised, are no Exception.
+    except (Exception, pytest.fail.Exception) as error:
         return FAILED, f"{type(error).__name__}: {error}"
     return PASSED, ""
