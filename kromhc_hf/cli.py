@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .conversion import convert_checkpoint
 from .demo import run_demo
-from .hub import push_folder
+from .hub import check_push, push_folder
 from .linking import LINKS
 from .verification import ConversionReport, verify_conversion
 
@@ -50,6 +50,8 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes."""
+    if push_to is not None:
+        check_push(push_to)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=messages, transient=True) as progress:
         bar = progress.add_task("copying", total=None)

@@ -1,8 +1,8 @@
 """A Hub on 127.0.0.1 that keeps everything in memory and speaks what the client of huggingface_hub uses.
 
 Repositories with branches and commits, preupload, LFS batch, upload and verification, commits as ndjson, resolve with
-ETag, redirect to a file store and byte ranges, tree listing, tokens and private repositories. Connections can be made to
-break.
+ETag, redirect to a file store and byte ranges, tree listing, tokens and private repositories. Connections can be made
+to break.
 """
 
 import base64
@@ -10,7 +10,9 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -145,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body_read = True
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def answer(self, content: Any, status: int = 200, headers: dict[str, str] = {}) -> None:
+    def answer(self, content: Any, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():

@@ -80,7 +80,7 @@ def test_links(base, tmp_path, link):
         base, tmp_path / "out", link=link, verify=True, progress=lambda done, total: steps.append((done, total))
     )
     assert report.bitwise_equal
-    shards = [path for path in (tmp_path / "out").glob("model-*.safetensors")]
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 2
     for shard in shards:
         original = base / shard.name
@@ -162,14 +162,14 @@ def test_leftovers_are_removed_and_others_are_not(base, tmp_path):
 
 
 def test_one_destination_is_made_once_at_a_time(base, tmp_path):
-    with new_folder(tmp_path / "out"):
-        with pytest.raises(FileExistsError, match="made by one process at a time; another one is writing"):
-            convert_checkpoint(base, tmp_path / "out")
-    with pytest.raises(FileExistsError, match="out must not exist|must not exist or be an empty folder"):
-        with new_folder(tmp_path / "late") as folder:
-            (folder / "mine").touch()
-            (tmp_path / "late").mkdir()
-            (tmp_path / "late/theirs").touch()
+    busy = pytest.raises(FileExistsError, match="made by one process at a time; another one is writing")
+    with new_folder(tmp_path / "out"), busy:
+        convert_checkpoint(base, tmp_path / "out")
+    taken = pytest.raises(FileExistsError, match="must not exist or be an empty folder; .*late is not empty")
+    with taken, new_folder(tmp_path / "late") as folder:
+        (folder / "mine").touch()
+        (tmp_path / "late").mkdir()
+        (tmp_path / "late/theirs").touch()
     assert [path.name for path in (tmp_path / "late").iterdir()] == ["theirs"]
 
 
@@ -303,7 +303,7 @@ def test_pickled_bases(tmp_path, kind, dtype):
     assert report.bitwise_equal
     assert report.base_tensors == len(state)
     assert contents(base) == before
-    written = [path for path in (tmp_path / "out").glob("model*.safetensors")]
+    written = list((tmp_path / "out").glob("model*.safetensors"))
     assert len(written) == (3 if kind == "sharded" else 1)
     assert not list((tmp_path / "out").glob("*.bin"))
     loaded = {name: tensor for path in written for name, tensor in load_file(path).items()}
