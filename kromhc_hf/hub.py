@@ -97,7 +97,8 @@ def _explained(repo_id: str) -> Iterator[None]:
         if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             answer = f"the Hub answered {status}" if status else "there is none"
             raise PermissionError(
-                f"the token must be allowed to write to {repo_id!r}; {answer}. Log in with a token that has write access: hf auth login."
+                f"the token must be allowed to write to {repo_id!r}; {answer}. "
+                "Log in with a token that has write access: hf auth login."
             ) from error
         reason = str(error.__cause__ or error).strip().splitlines()
         raise ConnectionError(

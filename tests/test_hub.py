@@ -224,7 +224,7 @@ def test_a_wrong_token_is_refused(hub, converted, monkeypatch, token):
     ("token", "repo_id", "message"),
     [
         ("hf_wrong", "ada/model", "must be allowed to write to 'ada/model'; the Hub answered 401"),
-        ("", "ada/model", "must be allowed to write to 'ada/model'; the Hub answered"),
+        ("", "ada/model", "must be allowed to write to 'ada/model'; there is none. Log in"),
         (TOKEN, "not an id", "the repository must be USER/NAME; got 'not an id'"),
     ],
     ids=["wrong-token", "no-token", "no-id"],
