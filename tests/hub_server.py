@@ -10,9 +10,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -147,10 +145,10 @@ class Handler(BaseHTTPRequestHandler):
         self.body_read = True
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def answer(self, content: Any, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+    def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
