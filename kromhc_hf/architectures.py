@@ -66,11 +66,7 @@ def fit_layer(layer: nn.Module, specs: tuple[LayerSpec, ...], position: int) -> 
             f"{label} must be a decoder layer of transformers; its class is defined in {type(layer).__module__}, "
             "where forward may differ from the one that the table of families describes. Load the native class."
         )
-    if "forward" in vars(layer):
-        raise ValueError(
-            f"{label} must have its class's own forward; an instance-level forward is in the way "
-            "(device_map offloading or a wrapper). Apply hyper-connections before dispatching the model."
-        )
+    check_own_forward(layer, position)
     problems = []
     for spec in specs:
         problem = _misfit(layer, spec)
@@ -78,6 +74,19 @@ def fit_layer(layer: nn.Module, specs: tuple[LayerSpec, ...], position: int) -> 
             return spec
         problems.append(problem)
     raise ValueError(f"{label} {'; or else it '.join(problems)}.")
+
+
+def check_own_forward(layer: nn.Module, position: int) -> None:
+    """Refuses a layer whose forward is not its class's, since a change of class would not reach it.
+
+    Raises:
+        ValueError: naming the layer and the way out.
+    """
+    if "forward" in vars(layer):
+        raise ValueError(
+            f"layer {position} ({type(layer).__name__}) must have its class's own forward; an instance-level forward "
+            "is in the way (device_map offloading or a wrapper). Change the model before dispatching it."
+        )
 
 
 def _misfit(layer: nn.Module, spec: LayerSpec) -> str | None:

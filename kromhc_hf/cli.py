@@ -26,7 +26,7 @@ from .checkpoint_inspection import Inspection, inspect_checkpoints
 from .conversion import convert_checkpoint
 from .demo import run_demo
 from .families_table import families_table
-from .hub import push_folder
+from .hub import check_push, push_folder
 from .inspection_tables import BRANCH_COLUMNS, branch_rows, total_rows
 from .linking import LINKS
 from .plots import require_matplotlib
@@ -66,6 +66,8 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes."""
+    if push_to is not None:
+        check_push(push_to)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=messages, transient=True) as progress:
         bar = progress.add_task("copying", total=None)

@@ -7,6 +7,7 @@ For each family one class is made on demand, for example `KromHCLlamaConfig(Krom
 import copy
 import os
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,7 +81,10 @@ class KromHCConfig(Shareable):
         """
         if cls is not KromHCConfig:
             check_own_config(config_dict)
-            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+            restored = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+            # Overrides among the keyword arguments are set after construction.
+            (restored[0] if isinstance(restored, tuple) else restored).validate_hyper_connections()
+            return restored
         model_type = config_dict.get("model_type", "")
         if not model_type.startswith(PREFIX):
             raise ValueError(
@@ -117,9 +121,14 @@ class KromHCConfig(Shareable):
         for name, (kind, default) in FIELDS.items():
             value = getattr(self, name)
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
-                setattr(self, name, float(value))
-            elif name != "hc_num_streams" and not isinstance(value, kind):
+                value = float(value)
+                setattr(self, name, value)
+            if name != "hc_num_streams" and not isinstance(value, kind):
                 raise ValueError(f"{name} must be of type {kind.__name__}; got {value!r}. The default is {default!r}.")
+            elif kind is float and not isfinite(value):
+                raise ValueError(f"{name} must be finite; got {value!r}. The default is {default!r}.")
+        if self.hc_eps < 0:  # type: ignore[attr-defined]
+            raise ValueError(f"hc_eps must not be negative; got {self.hc_eps!r}. The default is 1e-6.")  # type: ignore[attr-defined]
         make_mixing(self.hc_variant, self.hc_num_streams, self.hc_sinkhorn_iterations)  # type: ignore[attr-defined]
         check_init(self.hc_init, self.hc_readout)  # type: ignore[attr-defined]
 
@@ -174,12 +183,25 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
     generated_init = cls.__init__
 
     def __init__(self: Any, *, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
+        for key in kwargs:
+            known = key in FIELDS or key == "hc_conversion" or hasattr(backbone_class, key)
+            if key.startswith("hc_") and not known:
+                raise ValueError(f"{key} is not a field of {name}; the fields are {', '.join(FIELDS)}.")
+            # A file may hold any key, whoever writes code means ours.
+            if f"hc_{key}" in FIELDS and backbone_config is not None and not known:
+                raise ValueError(f"{key} must be given as hc_{key} in a configuration.")
         if backbone_config is None:
             generated_init(self, **kwargs)
+        elif backbone_config.model_type != backbone_class.model_type:
+            raise ValueError(
+                f"backbone_config of a {name} must be of model type {backbone_class.model_type!r}; "
+                f"got {backbone_config.model_type!r}. Use KromHCConfig(backbone_config=...)."
+            )
         else:
             vars(self).update(vars(_recast(backbone_config, cls)))
             for key, value in kwargs.items():
                 setattr(self, key, value)
+            self.validate()
         self.validate_hyper_connections()
 
     cls.__init__ = __init__

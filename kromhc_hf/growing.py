@@ -1,14 +1,16 @@
 """More streams for a trained KromHC model: a Kronecker factor is added to every mixing matrix."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .architectures import check_own_forward
 from .hyper_connection import HyperConnection
 from .mixing import KromHCMixing, make_mixing, prime_factors
 from .modeling import plan_connections
-from .patching import has_hyper_connections
+from .patching import has_hyper_connections, replace_config
 from .stream_ends import SigmoidReadout, SoftmaxReadout, StreamExpansion, StreamReadout
 
 
@@ -72,13 +74,18 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
     if not 0 < kept < 1:
         raise ValueError(f"kept must lie between 0 and 1, both excluded; got {kept!r}. The default is 0.999.")
     make_mixing(config.hc_variant, before * factor)
+    layers = plan_connections(model).layers
+    for position, layer in enumerate(layers):
+        check_own_forward(layer, position)
 
     was_training = model.training
     model.eval()
     expected = _probe(model)
+    config = copy.deepcopy(config)  # other models may share it
+    replace_config(model, config)
     for size in prime_factors(factor):
         digit = _new_digit(config.hc_num_streams, size)
-        for layer in plan_connections(model).layers:
+        for layer in layers:
             _grow_layer(layer, digit, kept)
         config.hc_num_streams *= size
     difference = (_probe(model) - expected).abs().max().item()

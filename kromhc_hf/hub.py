@@ -1,10 +1,13 @@
 """Uploads of converted checkpoints to the Hub, in one commit, with their model card."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from .checkpoint import CARD, read_json
 from .configuration import PREFIX, KromHCConfig
@@ -63,30 +66,45 @@ def upload(
         OSError: if the Hub refuses the token or the repository, or the connection breaks.
     """
     api = HfApi(token=token)
-    try:
+    with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url
+
+
+def check_push(repo_id: str, token: str | bool | None = None) -> None:
+    """Refuses, before any work is done, an upload for which there is no valid id or token.
+
+    Raises:
+        ValueError: if `repo_id` is not USER/NAME.
+        OSError: if the Hub refuses the token, or cannot be reached.
+    """
+    with _explained(repo_id):
+        validate_repo_id(repo_id)
+        HfApi(token=token).whoami()
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Errors of the client, with the rule and the way out."""
+    try:
+        yield
     except HFValidationError as error:
-        raise ValueError(f"repo_id must be USER/NAME; got {repo_id!r} ({error}).") from error
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
+        raise ValueError(f"the repository must be USER/NAME; got {repo_id!r} ({error}).") from error
+    except (HTTPError, RuntimeError, OSError) as error:  # what happens to one file comes wrapped in a RuntimeError
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+            answer = f"the Hub answered {status}" if status else "there is none"
             raise PermissionError(
-                f"the token must be allowed to write to {repo_id!r}; the Hub answered {error.response.status_code}. "
+                f"the token must be allowed to write to {repo_id!r}; {answer}. "
                 "Log in with a token that has write access: hf auth login."
             ) from error
-        raise _interrupted(repo_id, error) from error
-    except (RuntimeError, OSError) as error:  # the client wraps what happens to one file in a RuntimeError
-        raise _interrupted(repo_id, error) from error
-
-
-def _interrupted(repo_id: str, error: Exception) -> OSError:
-    reason = str(error.__cause__ or error).strip().splitlines()
-    return ConnectionError(
-        f"the upload to {repo_id!r} did not finish ({reason[0] if reason else type(error).__name__}); nothing was "
-        "committed. Run it again: files that have arrived are not sent a second time."
-    )
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise ConnectionError(
+            f"the upload to {repo_id!r} did not finish ({reason[0] if reason else type(error).__name__}); nothing was "
+            "committed. Push the folder again (kromhc push): files that have arrived are not sent a second time."
+        ) from error
 
 
 def _card(folder: Path, config: KromHCConfig, repo_id: str) -> str:

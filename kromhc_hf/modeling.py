@@ -44,6 +44,7 @@ class HyperConnectedModel(Shareable):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         with _known_to_auto_model(type(config)):
+            config.validate_hyper_connections()
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         plan = plan_connections(self)
         # A head that builds its base model through AutoModel finds it connected already.
@@ -198,6 +199,14 @@ class ConnectionPlan:
 
     def check(self) -> list[LayerSpec]:
         """The specification of every layer; raises ValueError if one is not what the table of families says."""
+        expected = self.owners[0].config.num_hidden_layers
+        if len(self.layers) < expected:
+            raise ValueError(
+                f"the model must have config.num_hidden_layers = {expected} decoder layers, since the last one reads "
+                f"the streams out; got {len(self.layers)}. Set config.num_hidden_layers = {len(self.layers)}."
+            )
+        if len({id(layer) for layer in self.layers}) < len(self.layers):
+            raise ValueError("every decoder layer must be a module of its own; got one that is used several times.")
         return [fit_layer(layer, self.candidates, position) for position, layer in enumerate(self.layers)]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .architectures import check_own_forward
 from .configuration import KromHCConfig
 from .decoder_layer import HyperConnectedLayer, disconnect_layer
 from .modeling import HyperConnectedModel, connect, plan_connections
@@ -58,7 +59,7 @@ def apply_hyper_connections(
         hc_sinkhorn_iterations=sinkhorn_iterations,
         hc_stream_embedding=stream_embedding,
     )
-    _replace_config(model, config)
+    replace_config(model, config)
     connect(model, plan)
     return model
 
@@ -82,11 +83,17 @@ def remove_hyper_connections(model: Any) -> Any:
     if not has_hyper_connections(model):
         raise ValueError(f"model must have hyper-connections to remove; got {type(model).__name__} without them.")
     plan = plan_connections(model)
+    for position, layer in enumerate(plan.layers):
+        check_own_forward(layer, position)
+        if not isinstance(layer, HyperConnectedLayer):
+            raise ValueError(
+                f"every decoder layer must have hyper-connections to remove; got layer {position} "
+                f"({type(layer).__name__}) without. They were removed from a part of the model; reload it."
+            )
     layer_names = {type(layer).__name__ for layer in plan.layers}
     native_names = {layer.layer_class.__name__ for layer in plan.layers}  # type: ignore[union-attr]
-    _replace_config(model, model.config.to_backbone_config())
+    replace_config(model, model.config.to_backbone_config())
     for layer in plan.layers:
-        assert isinstance(layer, HyperConnectedLayer)
         disconnect_layer(layer)
     for owner in plan.owners:
         owner.__class__ = owner.backbone_class
@@ -96,7 +103,7 @@ def remove_hyper_connections(model: Any) -> Any:
     return model
 
 
-def _replace_config(model: Any, config: Any) -> None:
+def replace_config(model: Any, config: Any) -> None:
     """Puts `config` wherever the model and its modules hold their present one, so that they go on sharing it."""
     present = model.config
     for module in model.modules():

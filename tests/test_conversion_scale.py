@@ -163,14 +163,14 @@ def test_leftovers_are_removed_and_others_are_not(base, tmp_path):
 
 
 def test_one_destination_is_made_once_at_a_time(base, tmp_path):
-    with new_folder(tmp_path / "out"):
-        with pytest.raises(FileExistsError, match="made by one process at a time; another one is writing"):
-            convert_checkpoint(base, tmp_path / "out")
-    with pytest.raises(FileExistsError, match="out must not exist|must not exist or be an empty folder"):
-        with new_folder(tmp_path / "late") as folder:
-            (folder / "mine").touch()
-            (tmp_path / "late").mkdir()
-            (tmp_path / "late/theirs").touch()
+    busy = pytest.raises(FileExistsError, match="made by one process at a time; another one is writing")
+    with new_folder(tmp_path / "out"), busy:
+        convert_checkpoint(base, tmp_path / "out")
+    taken = pytest.raises(FileExistsError, match="must not exist or be an empty folder; .*late is not empty")
+    with taken, new_folder(tmp_path / "late") as folder:
+        (folder / "mine").touch()
+        (tmp_path / "late").mkdir()
+        (tmp_path / "late/theirs").touch()
     assert [path.name for path in (tmp_path / "late").iterdir()] == ["theirs"]
 
 

@@ -26,6 +26,7 @@ from kromhc_hf import (
     push_hyper_connections,
     save_hyper_connections,
 )
+from kromhc_hf.cli import main
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_an_interrupted_upload_goes_on(hub, converted, monkeypatch):
     shards = {path.name for path in converted.glob("*.safetensors")}
     assert len(shards) > 3
     hub.uploads_left = 2
-    with pytest.raises(OSError, match="upload to 'ada/model' did not finish .* Run it again"):
+    with pytest.raises(OSError, match="upload to 'ada/model' did not finish .* Push the folder again"):
         push_folder(converted, "ada/model")
     assert len(hub.uploads) == 2
     assert hub.files("ada/model") == {}
@@ -217,6 +218,37 @@ def test_a_wrong_token_is_refused(hub, converted, monkeypatch, token):
     with pytest.raises(PermissionError, match=r"token must be allowed to write to 'ada/model'.*hf auth login"):
         push_folder(converted, "ada/model")
     assert hub.repositories == {}
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "message"),
+    [
+        ("hf_wrong", "ada/model", "must be allowed to write to 'ada/model'; the Hub answered 401"),
+        ("", "ada/model", "must be allowed to write to 'ada/model'; there is none. Log in"),
+        (TOKEN, "not an id", "the repository must be USER/NAME; got 'not an id'"),
+    ],
+    ids=["wrong-token", "no-token", "no-id"],
+)
+def test_nothing_is_converted_for_an_upload_that_cannot_be(
+    hub, base, tmp_path, monkeypatch, capsys, token, repo_id, message
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    command = ["kromhc", "convert", str(base), str(tmp_path / "out"), "--push-to", repo_id]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert hub.repositories == {}
+
+
+def test_a_hub_that_is_down(hub, converted, monkeypatch):
+    hub.shutdown()
+    hub.server_close()
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    with pytest.raises(ConnectionError, match="upload to 'ada/model' did not finish"):
+        push_folder(converted, "ada/model")
 
 
 def test_the_namespace_of_somebody_else_is_refused(hub, converted):

@@ -138,6 +138,38 @@ def test_config_is_flat_and_validated():
         KromHCForCausalLM(backbone)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hc_readout": "bogus"}, "readout must be one of"),
+        ({"hc_readout": "sum"}, "got readout 'sum'"),
+        ({"hc_num_streams": 7}, "got 7"),
+        ({"hc_eps": "x"}, "hc_eps must be of type float"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_overrides_are_checked(tmp_path, overrides, message):
+    KromHCConfig(backbone_config=configurations("llama")[0]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path, **overrides)
+    config = AutoConfig.from_pretrained(tmp_path)
+    vars(config).update(overrides)
+    with pytest.raises(ValueError, match=message):
+        KromHCForCausalLM(config)
+
+
+def test_mistyped_and_foreign_fields_are_refused():
+    backbone = configurations("llama")[0]
+    with pytest.raises(ValueError, match="hc_nstreams is not a field of KromHCLlamaConfig"):
+        KromHCConfig(backbone_config=backbone, hc_nstreams=3)
+    with pytest.raises(ValueError, match="num_streams must be given as hc_num_streams"):
+        KromHCConfig(backbone_config=backbone, num_streams=8)
+    with pytest.raises(ValueError, match="must be of model type 'llama'; got 'gpt2'"):
+        type(KromHCConfig(backbone_config=backbone))(backbone_config=configurations("gpt2")[0])
+    with pytest.raises(Exception, match="num_hidden_layers"):
+        KromHCConfig(backbone_config=configurations("gemma2")[0], num_hidden_layers=2)
+
+
 def test_a_plain_checkpoint_is_not_taken_for_a_converted_one(tmp_path):
     make_model(configurations("llama")[0]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_type must start with 'kromhc_'; got 'llama'. Convert the checkpoint"):

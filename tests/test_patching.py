@@ -74,6 +74,9 @@ def test_remove_restores_everything(family):
         ({"init": "random"}, r"init must be one of identity, paper; got 'random'"),
         ({"readout": "max"}, r"readout must be one of mean, sum.*; got 'max'"),
         ({"readout": "sum"}, r"readout 'sum'\. Use readout='mean', or init='paper'"),
+        ({"eps": -1.0}, r"hc_eps must not be negative; got -1\.0"),
+        ({"eps": float("nan")}, "hc_eps must be finite; got nan"),
+        ({"residual_logit": float("inf")}, "hc_residual_logit must be finite; got inf"),
         ({"dynamic": "yes"}, r"hc_dynamic must be of type bool; got 'yes'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -107,6 +110,35 @@ def test_an_instance_level_forward_is_refused():
     model.model.layers[0].forward = model.model.layers[0].forward
     with pytest.raises(ValueError, match="layer 0 .* instance-level forward is in the way"):
         apply_hyper_connections(model)
+
+
+def test_missing_and_repeated_layers_are_refused():
+    model = llama()
+    model.model.layers = model.model.layers[:2]
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"num_hidden_layers = 3 decoder layers.*; got 2\. Set config"):
+        apply_hyper_connections(model)
+    model.config.num_hidden_layers = 2
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(ValueError, match="must be a module of its own; got one that is used several times"):
+        apply_hyper_connections(model)
+    assert before["classes"]["model.layers.0"] is type(model.model.layers[0])
+    assert not has_hyper_connections(model)
+
+
+def test_a_part_cannot_be_left_behind():
+    model = apply_hyper_connections(llama())
+    remove_hyper_connections(model.model)
+    with pytest.raises(ValueError, match=r"got layer 0 \(LlamaDecoderLayer\) without"):
+        remove_hyper_connections(model)
+
+
+def test_a_dispatched_layer_is_not_removed():
+    model = apply_hyper_connections(llama())
+    model.model.layers[2].forward = model.model.layers[2].forward
+    with pytest.raises(ValueError, match="layer 2 .* instance-level forward is in the way"):
+        remove_hyper_connections(model)
+    assert has_hyper_connections(model)
 
 
 def test_applying_twice_is_refused():

@@ -11,6 +11,7 @@ from tiny import configurations, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from kromhc_hf import KromHCConfig, apply_hyper_connections, convert_checkpoint, remove_hyper_connections
+from kromhc_hf.demo import MODEL as DEMO_MODEL
 from kromhc_hf.sharing import code_files
 
 
@@ -19,14 +20,14 @@ FAMILIES = {"llama": "Llama{}", "mixtral": "Mixtral{}", "gpt2": "GPT2{}"}
 
 
 @pytest.fixture(scope="module")
-def visits(tmp_path_factory, shared):
+def visits(tmp_path_factory):
     """Every converted folder and what a session without the package reports of it, by family."""
     home = tmp_path_factory.mktemp("remote")
     folders = {family: home / family for family in (*FAMILIES, "real")}
     for family in FAMILIES:
         make_model(configurations(family)[0]).save_pretrained(home / "base" / family)
         convert_checkpoint(home / "base" / family, folders[family])
-    convert_checkpoint(shared / "models/stories260K", folders["real"])
+    convert_checkpoint(DEMO_MODEL, folders["real"])
     reports = visit_without_kromhc(home, {str(folder): home / "again" / family for family, folder in folders.items()})
     return {family: (folder, reports[str(folder)], home / "again" / family) for family, folder in folders.items()}
 
@@ -64,8 +65,8 @@ def test_other_tasks(visits, family):
     assert report["base"] == name.format("Model")
 
 
-def test_tokenizer(visits, shared):
-    tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories260K")
+def test_tokenizer(visits):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     assert visits["real"][1]["tokens"] == tokenizer("Once upon a time")["input_ids"]
 
 
@@ -161,10 +162,10 @@ def test_custom_pipelines_of_the_base_stay_behind(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_a_tokenizer_with_code_of_its_own(shared, tmp_path):
+def test_a_tokenizer_with_code_of_its_own(tmp_path):
     convert_from = tmp_path / "base"
     convert_from.mkdir()
-    for path in (shared / "models/stories260K").iterdir():
+    for path in DEMO_MODEL.iterdir():
         (convert_from / path.name).write_bytes(path.read_bytes())
     settings = json.loads((convert_from / "tokenizer_config.json").read_text())
     named = {**settings, "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
