@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .kernels import check_kernel, connect_triton, select_kernel
 from .mixing import make_mixing
 from .mixing_base import SINKHORN_ITERATIONS, snapped_sum
 from .plain_kernels import connect, without_autocast
@@ -122,9 +123,11 @@ class HyperConnection(Float32Module):
         dynamic: whether the mappings depend on the streams; without, `weight` and `alpha` are None.
         eps: added to the mean square inside the RMS norm.
         sinkhorn_iterations: how often variant "mhc" normalises rows and columns.
+        kernel: what reads and writes the streams: "torch" (plain PyTorch), "triton" (refused where it cannot run), or
+            "auto" (Triton on a CUDA device, if it is installed). It can be set later, as the attribute `kernel`.
 
     Raises:
-        ValueError: for an unknown variant or init, or a number of streams that the variant does not allow.
+        ValueError: for an unknown variant, init or kernel, or a number of streams that the variant does not allow.
     """
 
     def __init__(
@@ -139,10 +142,13 @@ class HyperConnection(Float32Module):
         dynamic: bool = True,
         eps: float = 1e-6,
         sinkhorn_iterations: int = SINKHORN_ITERATIONS,
+        kernel: str = "auto",
         device: torch.device | str | None = None,
     ):
         super().__init__()
         check_init(init)
+        check_kernel(kernel)
+        self.kernel = kernel
         self.mixing = make_mixing(variant, num_streams, sinkhorn_iterations)
         self.hidden_size, self.num_streams, self.variant = hidden_size, num_streams, variant
         self.branch_index, self.init, self.residual_logit = branch_index, init, residual_logit
@@ -178,13 +184,15 @@ class HyperConnection(Float32Module):
         """
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
-        if torch.compiler.is_compiling():
-            return self._composite(streams)
         assert self.bias is not None
         dtype = self._dtype(streams)
+        selected = select_kernel(self.kernel, streams, dtype)
+        if selected == "torch" and torch.compiler.is_compiling():
+            return self._composite(streams)
+        connect_selected = connect_triton if selected == "triton" else connect
         bias, weight, alpha = self.bias.to(dtype), to_dtype(self.weight, dtype), to_dtype(self.alpha, dtype)
         with without_autocast(streams):
-            branch_input, write_back = connect(
+            branch_input, write_back = connect_selected(
                 streams, weight, bias, alpha, self._coefficients, self.mixing.rows_sum_to_one
             )
 
@@ -260,4 +268,4 @@ class HyperConnection(Float32Module):
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.dynamic else "static"
-        return f"{self.hidden_size}, num_streams={self.num_streams}, variant={self.variant!r}, {mode}"
+        return f"{self.hidden_size}, num_streams={self.num_streams}, variant={self.variant!r}, {mode}, kernel={self.kernel!r}"
