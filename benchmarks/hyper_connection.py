@@ -72,7 +72,9 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
         for part, elements in ideal.items():
             taken = seconds[f"{name} {part}"]
             rate = [elements * size / second for second in taken]
-            kept = None if part == "forward" else saved_bytes(lambda p=path: p(streams), [streams, *parameters.values()])
+            kept = (
+                None if part == "forward" else saved_bytes(lambda p=path: p(streams), [streams, *parameters.values()])
+            )
             rows.append(
                 {
                     "n": n,

@@ -15,7 +15,8 @@ import torch
 
 # The plainest eager style, written from the papers' equations, is the batched twin among the tests.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-import reference  # noqa: E402
+import reference
+
 
 eager_kromhc = reference.eager_kromhc
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

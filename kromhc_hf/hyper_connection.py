@@ -232,6 +232,8 @@ class HyperConnection(Float32Module):
     def _dtype(self, streams: Tensor) -> torch.dtype:
         """What coefficients are computed in."""
         own = torch.float32 if self.bias is None else self.bias.dtype
+        if streams.dtype == own and own.itemsize >= 4:
+            return own
         return torch.promote_types(torch.promote_types(own, streams.dtype), torch.float32)
 
     def _projected(self, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -247,12 +249,14 @@ class HyperConnection(Float32Module):
         """`h_pre [..., n]`, `h_post [..., n]` and the residual logits; without leading dimensions if static."""
         assert bias is not None
         dtype = bias.dtype if products is None else products.dtype
-        pre, post, residual = bias.to(dtype).split(self.sizes, -1)
+        pre, post, residual = bias.to(dtype).split_with_sizes(self.sizes)
         if products is not None and squares is not None and alpha is not None:
             dynamic = self.mixing.predict(products, torch.rsqrt(squares + self.eps).unsqueeze(-1))
             pre, post, residual = (
                 torch.addcmul(bias, a, d)
-                for bias, a, d in zip((pre, post, residual), alpha.to(dtype).unbind(), dynamic.split(self.sizes, -1))
+                for bias, a, d in zip(
+                    (pre, post, residual), alpha.to(dtype).unbind(), dynamic.split_with_sizes(self.sizes, -1)
+                )
             )
         return *self.mixing.gates(pre, post), residual
 
@@ -268,4 +272,5 @@ class HyperConnection(Float32Module):
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.dynamic else "static"
-        return f"{self.hidden_size}, num_streams={self.num_streams}, variant={self.variant!r}, {mode}, kernel={self.kernel!r}"
+        sizes = f"{self.hidden_size}, num_streams={self.num_streams}"
+        return f"{sizes}, variant={self.variant!r}, {mode}, kernel={self.kernel!r}"

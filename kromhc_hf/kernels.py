@@ -23,7 +23,7 @@ def check_kernel(kernel: str) -> None:
 
 
 def select_kernel(kernel: str, streams: Tensor, dtype: torch.dtype) -> str:
-    """"torch" or "triton" for these streams, with coefficients in `dtype`; "auto" takes Triton on a CUDA device.
+    """ "torch" or "triton" for these streams, with coefficients in `dtype`; "auto" takes Triton on a CUDA device.
 
     Raises:
         ValueError: if "triton" was asked for and cannot serve the streams, with the reason.
@@ -59,7 +59,9 @@ def connect_triton(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Like `plain_kernels.connect`, with the passes over the streams in Triton."""
     tokens = streams.flatten(0, -3)
-    products, squares = (None, None) if weight is None else project(tokens, weight)
+    products, squares = None, None
+    if weight is not None:
+        products, squares = project(tokens, weight, tokens.shape[1] * tokens.shape[2] // weight.shape[1])
     h_pre, h_post, h_res = coefficients(products, squares, bias, alpha, tokens.shape[0])
     branch_input = read(tokens, h_pre)
 

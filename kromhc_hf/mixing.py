@@ -122,10 +122,11 @@ class KromHCMixing(Mixing):
         if not self.factors:
             return logits.new_ones(*logits.shape[:-1], 1, 1)
         twos = self.factors.count(2)  # the factors are in ascending order
-        swap = torch.sigmoid(logits[..., :twos])
+        swap = torch.sigmoid(logits if twos == len(self.factors) else logits[..., :twos])
         keep = 1 - swap
-        small = torch.stack([keep, swap, swap, keep], dim=-1).unflatten(-1, (2, 2))
-        factors = list(small.unbind(-3))
+        factors = list(torch.stack([keep, swap, swap, keep], dim=-1).unflatten(-1, (2, 2)).unbind(-3))
+        if twos == len(self.factors):
+            return functools.reduce(kronecker, factors)
         for size, factor_logits in zip(
             self.factors[twos:], logits[..., twos:].split(self.logits_per_factor[twos:], -1)
         ):
@@ -136,8 +137,8 @@ class KromHCMixing(Mixing):
 def kronecker(left: Tensor, right: Tensor) -> Tensor:
     """The Kronecker product of the last two dimensions: `[..., i, i]` and `[..., j, j]` -> `[..., ij, ij]`."""
     size = left.shape[-1] * right.shape[-1]
-    product = left[..., :, None, :, None] * right[..., None, :, None, :]
-    return product.reshape(*product.shape[:-4], size, size)
+    product = left.unsqueeze(-2).unsqueeze(-1) * right.unsqueeze(-2).unsqueeze(-4)
+    return product.reshape(*left.shape[:-2], size, size)
 
 
 VARIANTS: dict[str, type[Mixing]] = {

@@ -22,6 +22,12 @@ Coefficients = Callable[[Tensor | None, Tensor | None, Tensor, Tensor | None, in
 SPAN_ELEMENTS, SPAN_ELEMENTS_GPU = 3 << 16, 1 << 25
 
 
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+
+# No training step has so few; checkpointed layers run with and without gradients, in the same way.
+FEW_TOKENS = 16
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Leaves autocast; where there is none to leave, at no cost."""
     device = tensor.device.type
@@ -36,8 +42,8 @@ def span_length(streams: Tensor) -> int:
 
 def spans(streams: Tensor, whole: bool = False) -> list[slice]:
     """Slices of tokens that are worked on together, all of them if `whole`."""
-    step = max(1, len(streams)) if whole else span_length(streams)
-    return [slice(start, start + step) for start in range(0, len(streams), step)]
+    step = max(1, streams.shape[0]) if whole else span_length(streams)
+    return [slice(start, start + step) for start in range(0, streams.shape[0], step)]
 
 
 def project(streams: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -48,7 +54,7 @@ def project(streams: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tens
     """
     if weight is None:
         return None, None
-    tokens, (outputs, width) = len(streams), weight.shape
+    tokens, (outputs, width) = streams.shape[0], weight.shape
     groups = streams.shape[1:].numel() // width
     products = streams.new_empty(outputs, tokens * groups, dtype=weight.dtype)
     norms = streams.new_empty(tokens * groups, dtype=weight.dtype)
@@ -76,19 +82,23 @@ def differences(streams: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def first_weight(weights: Tensor) -> Tensor:
-    """What the first stream weighs beside the differences, `[..., n]` -> `[..., 1]`: the sum of the weights.
+def gap_to_one(weights: Tensor) -> Tensor:
+    """By how much the sum of the weights exceeds 1, `[..., n]` -> `[..., 1]`; up to 4 eps count as none.
 
-    A sum that misses 1 by at most 4 eps is taken to be exactly 1, see `snapped_sum`.
+    See `snapped_sum`: equal streams then pass bitwise wherever the weights sum to 1 in exact arithmetic.
     """
-    gap = weights.sum(-1, keepdim=True).sub_(1)
-    return F.hardshrink(gap, 4 * torch.finfo(gap.dtype).eps).add_(1)
+    return F.hardshrink(weights.sum(-1, keepdim=True).sub_(1), 4 * EPS[weights.dtype])
+
+
+def first_weight(weights: Tensor) -> Tensor:
+    """What the first stream weighs beside the differences, `[..., n]` -> `[..., 1]`: the sum of the weights."""
+    return gap_to_one(weights).add_(1)
 
 
 def read(streams: Tensor, h_pre: Tensor, scratch: Tensor) -> Tensor:
     """`sum_j h_pre[j] streams[j]`, `[T, C]` in the dtype of the streams; `scratch` is used up span by span."""
     row = torch.cat([first_weight(h_pre), h_pre[:, 1:]], dim=-1).unsqueeze(1)
-    out = streams.new_empty(len(streams), 1, streams.shape[2])
+    out = streams.new_empty(streams.shape[0], 1, streams.shape[2])
     for span in spans(streams):
         part = out[span]
         multiply(row[span], differences(streams[span], scratch[: len(part)])[:, :-1], part)
@@ -102,18 +112,14 @@ def write(
     branch_output: Tensor,
     rows_sum_to_one: bool,
     scratch: Tensor,
-    filled: bool = False,
 ) -> Tensor:
-    """`sum_j h_res[i, j] streams[j] + h_post[i] branch_output` in one batched product, `[T, n, C]`.
-
-    `filled` says that `scratch` holds the differences of all streams already.
-    """
+    """`sum_j h_res[i, j] streams[j] + h_post[i] branch_output` in one batched product, `[T, n, C]`."""
     first = torch.ones_like(h_res[..., :1]) if rows_sum_to_one else first_weight(h_res)
     matrix = torch.cat([first, h_res[..., 1:], h_post.unsqueeze(-1)], dim=-1)
     out = streams.new_empty(streams.shape)
     for span in spans(streams):
         part = out[span]
-        wide = scratch[: len(part)] if filled else differences(streams[span], scratch[: len(part)])
+        wide = differences(streams[span], scratch[: len(part)])
         wide[:, -1].copy_(branch_output[span])
         multiply(matrix[span], wide, part)
     return out
@@ -130,7 +136,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
 def new_scratch(streams: Tensor, dtype: torch.dtype) -> Tensor:
     """Space for the wide streams of one span and a branch output beside them."""
     n, hidden_size = streams.shape[1:]
-    return streams.new_empty(min(len(streams), span_length(streams)), n + 1, hidden_size, dtype=dtype)
+    return streams.new_empty(min(streams.shape[0], span_length(streams)), n + 1, hidden_size, dtype=dtype)
 
 
 class WidthConnection(torch.autograd.Function):
@@ -152,7 +158,7 @@ class WidthConnection(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokens = streams.flatten(0, -3)
         products, squares = project(tokens, weight)
-        h_pre, h_post, h_res = coefficients(products, squares, bias, alpha, len(tokens))
+        h_pre, h_post, h_res = coefficients(products, squares, bias, alpha, tokens.shape[0])
         ctx.save_for_backward(streams, weight, bias, alpha, products, squares)
         ctx.coefficients = coefficients
         ctx.mark_non_differentiable(h_res)
@@ -172,7 +178,7 @@ class WidthConnection(torch.autograd.Function):
             grad_mixed = None if grad_mixed is None else grad_mixed.flatten(0, -3)
             leaves = [None if t is None else t.detach().requires_grad_() for t in (products, squares, bias, alpha)]
             with torch.enable_grad():
-                mappings = ctx.coefficients(*leaves, len(tokens))
+                mappings = ctx.coefficients(*leaves, tokens.shape[0])
             h_pre, _, h_res = (mapping.detach() for mapping in mappings)
             grads = (
                 None if grad_input is None else correlation(grad_input.unsqueeze(1), tokens, h_pre.dtype).squeeze(1),
@@ -213,11 +219,11 @@ class DepthConnection(torch.autograd.Function):
         with without_autocast(grad):
             tokens = grad.flatten(0, -3)
             if ctx.needs_input_grad[1]:
-                outputs = branch_output.reshape(len(tokens), 1, -1)
+                outputs = branch_output.reshape(tokens.shape[0], 1, -1)
                 grad_h_post = correlation(outputs, tokens, h_post.dtype).squeeze(1)
             if ctx.needs_input_grad[2]:
                 grad_output = torch.empty_like(branch_output)
-                rows, weights = grad_output.view(len(tokens), 1, -1), h_post.unsqueeze(1)
+                rows, weights = grad_output.view(tokens.shape[0], 1, -1), h_post.unsqueeze(1)
                 for span in spans(tokens):
                     multiply(weights[span], tokens[span].to(h_post.dtype), rows[span])
         return grad, grad_h_post, grad_output, None, None
@@ -298,16 +304,44 @@ def connect(
         return branch_input, lambda output: DepthConnection.apply(mixed, h_post, output, h_res, rows_sum_to_one)
 
     tokens = streams.flatten(0, -3)
-    h_pre, h_post, h_res = coefficients(*project(tokens, weight), bias, alpha, len(tokens))
-    scratch = new_scratch(tokens, h_pre.dtype)
-    branch_input = read(tokens, h_pre, scratch)
-    # Decoding has so few tokens that they fit in one span: what was made for reading serves for writing as well.
-    filled = len(scratch) >= len(tokens)
-    kept = scratch if filled else None
+    if tokens.shape[0] <= FEW_TOKENS:
+        return connect_few(streams, tokens, weight, bias, alpha, coefficients, rows_sum_to_one)
+    h_pre, h_post, h_res = coefficients(*project(tokens, weight), bias, alpha, tokens.shape[0])
+    branch_input = read(tokens, h_pre, new_scratch(tokens, h_pre.dtype))
 
     def write_back(branch_output: Tensor) -> Tensor:
-        space = new_scratch(tokens, h_post.dtype) if kept is None else kept
-        output = branch_output.flatten(0, -2)
-        return write(tokens, h_res, h_post, output, rows_sum_to_one, space, filled).view(streams.shape)
+        scratch, output = new_scratch(tokens, h_post.dtype), branch_output.flatten(0, -2)
+        return write(tokens, h_res, h_post, output, rows_sum_to_one, scratch).view(streams.shape)
 
     return branch_input.view(*streams.shape[:-2], -1), write_back
+
+
+def connect_few(
+    streams: Tensor,
+    tokens: Tensor,
+    weight: Tensor | None,
+    bias: Tensor,
+    alpha: Tensor | None,
+    coefficients: Coefficients,
+    rows_sum_to_one: bool,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The same for decoding, where the number of operations counts and not the size of what they move."""
+    dtype = bias.dtype
+    wide = tokens.to(dtype)
+    products, squares = None, None
+    if weight is not None:
+        rows = wide.reshape(tokens.shape[0], -1, weight.shape[1])
+        products, squares = torch.matmul(rows, weight.t()), (rows * rows).mean(-1)
+    h_pre, h_post, h_res = coefficients(products, squares, bias, alpha, tokens.shape[0])
+    first = wide[:, :1]
+    rest = wide[:, 1:] - first
+    read_rest = h_pre[:, 1:].unsqueeze(1)
+    branch_input = torch.baddbmm(first, read_rest, rest).addcmul_(gap_to_one(h_pre).unsqueeze(1), first)
+
+    def write_back(branch_output: Tensor) -> Tensor:
+        base = first if rows_sum_to_one else first_weight(h_res) * first
+        output = branch_output.reshape(tokens.shape[0], 1, -1)
+        mixed = torch.baddbmm(base, h_res[..., 1:], rest).addcmul_(h_post.unsqueeze(-1), output)
+        return mixed.to(streams.dtype).view(streams.shape)
+
+    return branch_input.to(streams.dtype).view(*streams.shape[:-2], -1), write_back

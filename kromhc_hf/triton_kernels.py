@@ -5,20 +5,23 @@ elements, writing `(2n + 1) C`, the backward pass of writing `(3n + 2) C`. All s
 run in Triton's interpreter, with `TRITON_INTERPRET=1` in the environment.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 # Triton reads annotations as text, and without Triton there would be nothing to evaluate them with.
 from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+# Not an import statement: this file travels to the Hub, and Triton is not needed to use it.
+AVAILABLE = find_spec("triton") is not None
+if AVAILABLE:
+    triton, tl = import_module("triton"), import_module("triton.language")
 
-AVAILABLE = triton is not None
 # Triton decides when a kernel is defined.
 INTERPRETED = AVAILABLE and bool(triton.knobs.runtime.interpret)
 ROUNDS_BY_ITSELF = AVAILABLE and tl.constexpr(not INTERPRETED)
@@ -26,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK, TOKENS, DEPTH = 128, 16, 64
 
 
-def jit(function):  # type: ignore[no-untyped-def]
+def jit(function):
     return triton.jit(function) if AVAILABLE else function
 
 
@@ -91,7 +94,8 @@ def _read_backward(grad, streams, h_pre, grad_streams, grad_h_pre, n, width, N: 
         x = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(grad + token * width + c, mask=c < width, other=0.0).to(tl.float32)
         total += tl.sum(x * g[None, :], axis=1)
-        tl.store(grad_streams + place, _rounded((weights[:, None] * g[None, :]), grad_streams.dtype.element_ty), mask=inside)
+        value = weights[:, None] * g[None, :]
+        tl.store(grad_streams + place, _rounded(value, grad_streams.dtype.element_ty), mask=inside)
     tl.store(grad_h_pre + token * n + j, total, mask=j < n)
 
 
@@ -154,11 +158,11 @@ def _sizes(streams: Tensor) -> tuple[int, int, int]:
 
 
 @torch.library.custom_op("kromhc_hf::project", mutates_args=())
-def project(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def project(streams: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Products `[T, G, k]` and mean squares `[T, G]` of streams `[T, n, C]` and weight `[k, n * C / G]`."""
-    tokens, (outputs, width) = len(streams), weight.shape
-    rows = streams.numel() // width
-    products = streams.new_empty(tokens, rows // max(tokens, 1), outputs, dtype=torch.float32)
+    outputs, width = weight.shape
+    rows = len(streams) * groups
+    products = streams.new_empty(len(streams), groups, outputs, dtype=torch.float32)
     squares = streams.new_empty(products.shape[:2], dtype=torch.float32)
     padded = max(16, 1 << (outputs - 1).bit_length())
     _project[(-(-rows // TOKENS),)](
@@ -168,8 +172,7 @@ def project(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @project.register_fake
-def _(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    groups = streams.shape[1] * streams.shape[2] // weight.shape[1]
+def _(streams: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     products = streams.new_empty(streams.shape[0], groups, weight.shape[0], dtype=torch.float32)
     return products, streams.new_empty(streams.shape[0], groups, dtype=torch.float32)
 
@@ -239,23 +242,23 @@ def _(
     return made[0], made[1], made[2], made[3]
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
 
 
-def _project_gradients(ctx, grad_products, grad_squares):  # type: ignore[no-untyped-def]
+def _project_gradients(ctx, grad_products, grad_squares):
     streams, weight = ctx.saved_tensors
     width = weight.shape[1]
     rows, grad = streams.reshape(-1, width).float(), grad_products.flatten(0, 1)
     grad_rows = torch.addcmul(grad @ weight, grad_squares.reshape(-1, 1) * (2 / width), rows)
-    return grad_rows.view(streams.shape).to(streams.dtype), grad.t() @ rows
+    return grad_rows.view(streams.shape).to(streams.dtype), grad.t() @ rows, None
 
 
-def _read_gradients(ctx, grad):  # type: ignore[no-untyped-def]
+def _read_gradients(ctx, grad):
     return read_backward(grad, *ctx.saved_tensors)
 
 
-def _write_gradients(ctx, grad):  # type: ignore[no-untyped-def]
+def _write_gradients(ctx, grad):
     return *write_backward(grad, *ctx.saved_tensors), None
 
 
