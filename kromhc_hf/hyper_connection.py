@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .kernels import check_kernel, connect_triton, select_kernel
 from .mixing import make_mixing
 from .mixing_base import SINKHORN_ITERATIONS, snapped_sum
+from .plain_kernels import connect, without_autocast
 
 
 INITS = ("identity", "paper")
@@ -51,6 +54,11 @@ def read(streams: Tensor, h_pre: Tensor) -> Tensor:
     first = streams[..., :1, :]
     rest = h_pre[..., 1:].unsqueeze(-1) * (streams[..., 1:, :] - first)
     return snapped_sum(h_pre) * first.squeeze(-2) + rest.sum(-2)
+
+
+def to_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in this dtype, if there is one."""
+    return None if tensor is None else tensor.to(dtype)
 
 
 def check_init(name: str, readout_kind: str = "mean") -> None:
@@ -115,9 +123,11 @@ class HyperConnection(Float32Module):
         dynamic: whether the mappings depend on the streams; without, `weight` and `alpha` are None.
         eps: added to the mean square inside the RMS norm.
         sinkhorn_iterations: how often variant "mhc" normalises rows and columns.
+        kernel: what reads and writes the streams: "torch" (plain PyTorch), "triton" (refused where it cannot run), or
+            "auto" (Triton on a CUDA device, if it is installed). It can be set later, as the attribute `kernel`.
 
     Raises:
-        ValueError: for an unknown variant or init, or a number of streams that the variant does not allow.
+        ValueError: for an unknown variant, init or kernel, or a number of streams that the variant does not allow.
     """
 
     def __init__(
@@ -132,10 +142,13 @@ class HyperConnection(Float32Module):
         dynamic: bool = True,
         eps: float = 1e-6,
         sinkhorn_iterations: int = SINKHORN_ITERATIONS,
+        kernel: str = "auto",
         device: torch.device | str | None = None,
     ):
         super().__init__()
         check_init(init)
+        check_kernel(kernel)
+        self.kernel = kernel
         self.mixing = make_mixing(variant, num_streams, sinkhorn_iterations)
         self.hidden_size, self.num_streams, self.variant = hidden_size, num_streams, variant
         self.branch_index, self.init, self.residual_logit = branch_index, init, residual_logit
@@ -171,11 +184,30 @@ class HyperConnection(Float32Module):
         """
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
+        assert self.bias is not None
+        dtype = self._dtype(streams)
+        selected = select_kernel(self.kernel, streams, dtype)
+        if selected == "torch" and torch.compiler.is_compiling():
+            return self._composite(streams)
+        connect_selected = connect_triton if selected == "triton" else connect
+        bias, weight, alpha = self.bias.to(dtype), to_dtype(self.weight, dtype), to_dtype(self.alpha, dtype)
+        with without_autocast(streams):
+            branch_input, write_back = connect_selected(
+                streams, weight, bias, alpha, self._coefficients, self.mixing.rows_sum_to_one
+            )
 
+        def write(branch_output: Tensor) -> Tensor:
+            with without_autocast(streams):
+                return write_back(branch_output)
+
+        return branch_input, write
+
+    def _composite(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The same in operations that a compiler fuses."""
         dtype = streams.dtype
         with torch.autocast(streams.device.type, enabled=False):
-            h_pre, h_post, logits = self._coefficients(streams)
-            wide = streams.to(h_pre.dtype)
+            wide = streams.to(self._dtype(streams))
+            h_pre, h_post, logits = self._gates(*self._projected(wide), self.bias, self.alpha)
             branch_input = read(wide, h_pre).to(dtype)
 
         def write(branch_output: Tensor) -> Tensor:
@@ -187,31 +219,58 @@ class HyperConnection(Float32Module):
 
     def mappings(self, streams: Tensor) -> Mappings:
         """The mappings for the streams `[B, S, n, C]`, in at least fp32; for inspection."""
-        leading = streams.shape[:-2]
+        leading, dtype = streams.shape[:-2], self._dtype(streams)
         if self.num_streams == 1:
-            one = torch.ones(
-                *leading, 1, dtype=torch.promote_types(streams.dtype, torch.float32), device=streams.device
-            )
+            one = torch.ones(*leading, 1, dtype=dtype, device=streams.device)
             return Mappings(one, one, one.unsqueeze(-1))
         with torch.autocast(streams.device.type, enabled=False):
-            h_pre, h_post, logits = self._coefficients(streams)
+            h_pre, h_post, logits = self._gates(*self._projected(streams.to(dtype)), self.bias, self.alpha)
             h_res = self.mixing.matrix(logits)
         n = self.num_streams
         return Mappings(h_pre.expand(*leading, n), h_post.expand(*leading, n), h_res.expand(*leading, n, n))
 
-    def _coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _dtype(self, streams: Tensor) -> torch.dtype:
+        """What coefficients are computed in."""
+        own = torch.float32 if self.bias is None else self.bias.dtype
+        if streams.dtype == own and own.itemsize >= 4:
+            return own
+        return torch.promote_types(torch.promote_types(own, streams.dtype), torch.float32)
+
+    def _projected(self, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The products of the features with the weight `[..., G, outputs]` and their mean squares `[..., G]`."""
+        if self.weight is None:
+            return None, None
+        features = wide.flatten(-2).unflatten(-1, (-1, self.weight.shape[1]))
+        return F.linear(features, self.weight.to(wide.dtype)), features.square().mean(-1)
+
+    def _gates(
+        self, products: Tensor | None, squares: Tensor | None, bias: Tensor | None, alpha: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`h_pre [..., n]`, `h_post [..., n]` and the residual logits; without leading dimensions if static."""
-        assert self.bias is not None
-        dtype = torch.promote_types(torch.promote_types(self.bias.dtype, streams.dtype), torch.float32)
-        pre, post, residual = self.bias.to(dtype).split(self.sizes)
-        if self.weight is not None and self.alpha is not None:
-            dynamic = self.mixing.predict(streams.to(dtype), self.weight.to(dtype), self.eps)
-            alpha = self.alpha.to(dtype)
+        assert bias is not None
+        dtype = bias.dtype if products is None else products.dtype
+        pre, post, residual = bias.to(dtype).split_with_sizes(self.sizes)
+        if products is not None and squares is not None and alpha is not None:
+            dynamic = self.mixing.predict(products, torch.rsqrt(squares + self.eps).unsqueeze(-1))
             pre, post, residual = (
-                bias + a * d for bias, a, d in zip((pre, post, residual), alpha.unbind(), dynamic.split(self.sizes, -1))
+                torch.addcmul(bias, a, d)
+                for bias, a, d in zip(
+                    (pre, post, residual), alpha.to(dtype).unbind(), dynamic.split_with_sizes(self.sizes, -1)
+                )
             )
         return *self.mixing.gates(pre, post), residual
 
+    def _coefficients(
+        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None, tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All mappings of `tokens` tokens: `[T, n]`, `[T, n]` and `[T, n, n]`."""
+        h_pre, h_post, logits = self._gates(products, squares, bias, alpha)
+        h_res = self.mixing.matrix(logits)
+        if products is not None:
+            return h_pre, h_post, h_res
+        return h_pre.expand(tokens, -1), h_post.expand(tokens, -1), h_res.expand(tokens, -1, -1)
+
     def extra_repr(self) -> str:
         mode = "dynamic" if self.dynamic else "static"
-        return f"{self.hidden_size}, num_streams={self.num_streams}, variant={self.variant!r}, {mode}"
+        sizes = f"{self.hidden_size}, num_streams={self.num_streams}"
+        return f"{sizes}, variant={self.variant!r}, {mode}, kernel={self.kernel!r}"

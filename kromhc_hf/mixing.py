@@ -4,6 +4,7 @@ A mixing turns a vector of unconstrained logits into a matrix `h_res` and applie
 `mixed[i] = sum_j h_res[i, j] streams[j]`. It holds no parameters: the logits are computed by the hyper-connection.
 """
 
+import functools
 from math import factorial
 
 import torch
@@ -49,6 +50,7 @@ def doubly_stochastic_error(matrix: Tensor) -> float:
 class IdentityMixing(Mixing):
     """H_res = I: the streams keep to themselves, only reading and writing is learned."""
 
+    rows_sum_to_one = True
     num_logits = 0
 
     def initial_logits(self, residual_logit: float) -> Tensor:
@@ -68,6 +70,8 @@ class KromHCMixing(Mixing):
     Raises:
         ValueError: if n has a prime factor above 5, whose i! permutations would be too many to learn.
     """
+
+    rows_sum_to_one = True
 
     def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
         super().__init__(num_streams, sinkhorn_iterations)
@@ -115,8 +119,26 @@ class KromHCMixing(Mixing):
         return [factor[..., rows, (rows + shift) % size] for shift in range(1, size)]
 
     def matrix(self, logits: Tensor) -> Tensor:
-        # The diagonal is 1 minus the rest of its row, which rounding can push just below zero.
-        return super().matrix(logits).clamp_min(0)
+        if not self.factors:
+            return logits.new_ones(*logits.shape[:-1], 1, 1)
+        twos = self.factors.count(2)  # the factors are in ascending order
+        swap = torch.sigmoid(logits if twos == len(self.factors) else logits[..., :twos])
+        keep = 1 - swap
+        factors = list(torch.stack([keep, swap, swap, keep], dim=-1).unflatten(-1, (2, 2)).unbind(-3))
+        if twos == len(self.factors):
+            return functools.reduce(kronecker, factors)
+        for size, factor_logits in zip(
+            self.factors[twos:], logits[..., twos:].split(self.logits_per_factor[twos:], -1)
+        ):
+            factors.append(permutation_mixture(factor_logits, size))
+        return functools.reduce(kronecker, factors)
+
+
+def kronecker(left: Tensor, right: Tensor) -> Tensor:
+    """The Kronecker product of the last two dimensions: `[..., i, i]` and `[..., j, j]` -> `[..., ij, ij]`."""
+    size = left.shape[-1] * right.shape[-1]
+    product = left.unsqueeze(-2).unsqueeze(-1) * right.unsqueeze(-2).unsqueeze(-4)
+    return product.reshape(*left.shape[:-2], size, size)
 
 
 VARIANTS: dict[str, type[Mixing]] = {

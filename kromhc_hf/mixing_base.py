@@ -71,6 +71,8 @@ class Mixing:
     """
 
     num_logits: int
+    # Whether the rows of `h_res` sum to 1 by construction, for any logits, up to rounding.
+    rows_sum_to_one = False
 
     def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
         self.num_streams = check_num_streams(num_streams)
@@ -113,12 +115,16 @@ class Mixing:
         """Shape of the weight that predicts the mappings: outputs x input features."""
         return 2 * self.num_streams + self.num_logits, self.num_streams * hidden_size
 
-    def predict(self, streams: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """The token dependent part of all mappings, `[..., n, C]` -> `[..., n + n + num_logits]`, before the gates."""
-        features = streams.flatten(-2)
-        # The norm is one number per token, so it can follow the thin product instead of touching all features.
-        scale = torch.rsqrt(features.square().mean(-1, keepdim=True) + eps)
-        return F.linear(features, weight) * scale
+    def predict(self, products: Tensor, scale: Tensor) -> Tensor:
+        """The token dependent part of all mappings before the gates, `[..., n + n + num_logits]`.
+
+        Args:
+            products: the features times the weight, `[..., G, outputs]`, where the features are in G groups of the
+                weight's width: all of a token together, or each stream by itself.
+            scale: one over the root mean square of each group, `[..., G, 1]`. It is one number per group, so it follows
+                the thin product instead of touching all features.
+        """
+        return (products * scale).squeeze(-2)
 
     def gates(self, pre: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
         """`h_pre` and `h_post` from their logits, `[..., n]` each."""
@@ -126,12 +132,7 @@ class Mixing:
 
 
 class DenseMixing(Mixing):
-    """A variant that builds `h_res` entry by entry; subclasses write `matrix`.
-
-    `rows_sum_to_one` says that the rows sum to 1 by construction, for any logits, up to rounding.
-    """
-
-    rows_sum_to_one = False
+    """A variant that builds `h_res` entry by entry; subclasses write `matrix`."""
 
     def matrix(self, logits: Tensor) -> Tensor:
         raise NotImplementedError

@@ -3,7 +3,6 @@
 from math import factorial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .mixing_base import SINKHORN_ITERATIONS, DenseMixing, permutation_mixture, uneven_weights, widest_dtype
@@ -128,9 +127,8 @@ class HCMixing(DenseMixing):
     def weight_shape(self, hidden_size: int) -> tuple[int, int]:
         return 2 + self.num_streams, hidden_size
 
-    def predict(self, streams: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.rsqrt(streams.square().mean(-1, keepdim=True) + eps)
-        per_stream = torch.tanh(F.linear(streams, weight) * scale)  # [..., n, 2 + n]
+    def predict(self, products: Tensor, scale: Tensor) -> Tensor:
+        per_stream = torch.tanh(products * scale)  # [..., n, 2 + n]
         pre, post, column = per_stream[..., 0], per_stream[..., 1], per_stream[..., 2:]
         return torch.cat([pre, post, column.transpose(-1, -2).flatten(-2)], dim=-1)
 
