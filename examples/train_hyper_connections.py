@@ -11,7 +11,7 @@ from kromhc_hf import KromHCPeftConfig
 
 
 def main() -> None:
-    # The published learning rate for connectors on a frozen backbone, arXiv 2607.18130.
+    # The published learning rate for hyper-connections on a frozen backbone, arXiv 2607.18130.
     options = parse_arguments(__doc__ or "", steps=150, learning_rate=3e-3)
     base, tokenizer = load_model(options.model)
     model = get_peft_model(base, KromHCPeftConfig(task_type="CAUSAL_LM", num_streams=options.num_streams))

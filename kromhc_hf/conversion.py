@@ -47,6 +47,8 @@ def convert_checkpoint(
     dynamic: bool = True,
     residual_logit: float = 4.0,
     eps: float = 1e-6,
+    sinkhorn_iterations: int = 20,
+    stream_embedding: bool = False,
     revision: str | None = None,
     link: str = "copy",
     base_model: str | None = None,
@@ -64,6 +66,7 @@ def convert_checkpoint(
         source: folder of the base checkpoint, or its Hub id.
         destination: folder to make; must not exist or be empty.
         num_streams, variant, init, readout, dynamic, residual_logit, eps: see `KromHCConfig`.
+        sinkhorn_iterations, stream_embedding: likewise.
         revision: of the Hub repository.
         link: how the base's weight files get into the destination: "copy"; "hardlink" or "symlink", which take no
             space and no time; or "reflink-if-possible", a copy that shares its blocks where the file system can.
@@ -91,6 +94,8 @@ def convert_checkpoint(
         hc_dynamic=dynamic,
         hc_residual_logit=residual_logit,
         hc_eps=eps,
+        hc_sinkhorn_iterations=sinkhorn_iterations,
+        hc_stream_embedding=stream_embedding,
     )
     config.hc_conversion = origin_of(source, folder, base_model)
     base = base_weights(folder, raw)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .hyper_connection import Float32Module
 
 
-# 3e-3 for the connectors beside 1e-4 for LoRA on the backbone: "mHC for PEFT", arXiv 2607.18130.
+# 3e-3 for the hyper-connections beside 1e-4 for LoRA on the backbone: "mHC for PEFT", arXiv 2607.18130.
 LEARNING_RATE_RATIO = 30.0
 
 

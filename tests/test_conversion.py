@@ -101,6 +101,18 @@ def test_saving_trained_weights_into_the_same_folder(base, tmp_path):
     assert (again.model.layers[0].attn_hc.bias == 0.5).all()
 
 
+@pytest.mark.parametrize("variant", ["hc", "mhc", "mhc_lite", "tbp", "identity"])
+def test_other_variants_and_learned_ends(base, tmp_path, variant):
+    report = convert_checkpoint(
+        base, tmp_path / "out", variant=variant, readout="softmax", stream_embedding=True, verify=True
+    )
+    assert report.bitwise_equal
+    assert report.variant == variant
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert {"expand_hc", "readout_hc"} <= {name.rpartition(".")[2] for name, _ in model.named_modules()}
+
+
 def test_paper_init_is_reported_as_different(base, tmp_path):
     report = convert_checkpoint(base, tmp_path / "out", init="paper", readout="sum", verify=True)
     assert not report.lossless_init
