@@ -5,7 +5,8 @@ elements, writing `(2n + 1) C`, the backward pass of writing `(3n + 2) C`. All s
 run in Triton's interpreter, with `TRITON_INTERPRET=1` in the environment.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: ignore-errors
+# (the language of kernels is not Python, and its types are not types)
 
 # Triton reads annotations as text, and without Triton there would be nothing to evaluate them with.
 from __future__ import annotations
@@ -250,7 +251,7 @@ def _project_gradients(ctx, grad_products, grad_squares):
     streams, weight = ctx.saved_tensors
     width = weight.shape[1]
     rows, grad = streams.reshape(-1, width).float(), grad_products.flatten(0, 1)
-    grad_rows = torch.addcmul(grad @ weight, grad_squares.reshape(-1, 1) * (2 / width), rows)
+    grad_rows = torch.addcmul(grad @ weight, grad_squares.reshape(-1, 1) * 2 / width, rows)
     return grad_rows.view(streams.shape).to(streams.dtype), grad.t() @ rows, None
 
 
