@@ -10,7 +10,7 @@ from kromhc_hf import HyperConnectionTrainerMixin, KromHCConfig, KromHCForCausal
 
 
 class PretrainTrainer(HyperConnectionTrainerMixin, Trainer):
-    # From scratch the backbone's learning rate is high already; 5e-3 is the published one for hyper-connections beside it.
+    # From scratch the rate of the backbone is high already; 5e-3 is the published one for hyper-connections beside it.
     hyper_connection_lr = 5e-3
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,10 +64,17 @@ def convert(
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for the model card.")] = None,
     push_to: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository, USER/NAME.")] = None,
     private: Private = False,
+    to_adapter: Annotated[str | None, typer.Option(help="Write a PEFT adapter of this base from a full model.")] = None,
     verify: Annotated[bool, typer.Option(help="Run both models and compare them.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes."""
+    """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes.
+
+    Where SOURCE is a PEFT adapter of hyper-connections, its full model is written instead.
+    """
+    if to_adapter is not None or (Path(source) / "adapter_config.json").is_file():
+        _convert_adapter(source, destination, to_adapter)
+        return
     if push_to is not None:
         check_push(push_to)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -226,6 +234,19 @@ def _layers(text: str | None) -> str | range | None:
             f"layers must be all, or first:stop with two whole numbers; got {text!r}. Use for example 0:4."
         )
     return range(int(first), int(stop))
+
+
+def _convert_adapter(source: str, destination: Path, base: str | None) -> None:
+    if find_spec("peft") is None:
+        raise ValueError("adapters need the package peft, which is not installed. Use pip install 'kromhc-hf[peft]'.")
+    from .adapter_checkpoints import adapter_to_checkpoint, checkpoint_to_adapter
+
+    with messages.status("writing"):
+        if base is None:
+            adapter_to_checkpoint(source, destination)
+        else:
+            checkpoint_to_adapter(source, destination, base)
+    output.print(f"{source} -> {destination}", soft_wrap=True)
 
 
 def _push(folder: Path, repo_id: str, private: bool) -> None:

@@ -314,6 +314,36 @@ def test_a_wrong_base_is_refused(tmp_path):
         PeftModel.from_pretrained(retrofitted(), tmp_path)
 
 
+def test_command_line_from_adapter_to_model_and_back(tmp_path, kromhc):
+    base_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, adapter_config())
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "_hc." in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens = torch.arange(3, 13).unsqueeze(0)
+    with torch.no_grad():
+        expected = adapted.eval()(tokens).logits
+    code, out, _ = kromhc("convert", tmp_path / "adapter", tmp_path / "full")
+    assert (code, str(tmp_path / "full") in out) == (0, True)
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    with torch.no_grad():
+        assert torch.equal(full(tokens).logits, expected)
+    code, _, _ = kromhc("convert", tmp_path / "full", tmp_path / "back", "--to-adapter", tmp_path / "base")
+    assert code == 0
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "back")
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, expected)
+        full.lm_head.weight[0, 0] += 1
+    full.save_pretrained(tmp_path / "trained")
+    code, _, err = kromhc("convert", tmp_path / "trained", tmp_path / "no", "--to-adapter", tmp_path / "base")
+    assert code == 2
+    assert "must have the same weights as the model" in " ".join(err.split())
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("first", ["kromhc_hf", "peft"])
 def test_the_method_is_known_whichever_package_comes_first(first):
     imports = {"kromhc_hf": "from kromhc_hf import KromHCPeftConfig", "peft": "import peft"}
