@@ -124,7 +124,8 @@ class HyperConnection(Float32Module):
         eps: added to the mean square inside the RMS norm.
         sinkhorn_iterations: how often variant "mhc" normalises rows and columns.
         kernel: what reads and writes the streams: "torch" (plain PyTorch), "triton" (refused where it cannot run), or
-            "auto" (Triton on a CUDA device, if it is installed). It can be set later, as the attribute `kernel`.
+            "auto" (Triton on a CUDA device, if it is installed). It can be set later, as the attribute `kernel`. The
+            default is "torch" until the Triton kernels have been measured on a GPU.
 
     Raises:
         ValueError: for an unknown variant, init or kernel, or a number of streams that the variant does not allow.
@@ -142,7 +143,7 @@ class HyperConnection(Float32Module):
         dynamic: bool = True,
         eps: float = 1e-6,
         sinkhorn_iterations: int = SINKHORN_ITERATIONS,
-        kernel: str = "auto",
+        kernel: str = "torch",
         device: torch.device | str | None = None,
     ):
         super().__init__()

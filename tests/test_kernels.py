@@ -236,4 +236,4 @@ def test_triton_in_the_interpreter() -> None:
 def test_models_choose_by_themselves() -> None:
     model = apply_hyper_connections(tiny_llama(), 2)
     kernels = {module.kernel for module in model.modules() if isinstance(module, HyperConnection)}
-    assert kernels == {"auto"}
+    assert kernels == {"torch"}
