@@ -201,7 +201,7 @@ def test_updated_parameters_are_seen() -> None:
 
 
 def test_kernel_is_visible_and_never_silent() -> None:
-    assert "kernel='auto'" in repr(HyperConnection(8, 4))
+    assert "kernel='torch'" in repr(HyperConnection(8, 4))
     with pytest.raises(ValueError, match=r"kernel must be one of auto, torch, triton; got 'cuda'"):
         HyperConnection(8, 4, kernel="cuda")
     module = HyperConnection(8, 4, kernel="triton")
