@@ -4,10 +4,9 @@ import json
 from typing import Any
 
 
-LIBRARY = "https://pypi.org/project/kromhc-hf/"
 TAGS = ("kromhc", "hyper-connections", "mhc", "text-generation")
 
-USE_WITH = """With [kromhc-hf]({library}) (`pip install kromhc-hf`), which runs no code from this repository:
+USE_WITH = """With kromhc-hf (`pip install kromhc-hf`), which runs no code from this repository:
 
 ```python
 import kromhc_hf
@@ -29,7 +28,7 @@ tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)
 """
 
 USE_ON_BASE = """\
-This repository holds the hyper-connections alone. [kromhc-hf]({library}) (`pip install kromhc-hf`) loads them
+This repository holds the hyper-connections alone. kromhc-hf (`pip install kromhc-hf`) loads them
 on top of the base model, which is fetched at the revision that they were made for:
 
 ```python
@@ -68,7 +67,7 @@ def model_card(config: Any, name: str, *, tags: tuple[str, ...] = (), weights: s
         f"# {name.rpartition('/')[2]}\n",
         _description(config, origin, weights),
         "## Use\n",
-        *(text.format(library=LIBRARY, name=json.dumps(name)) for text in usage),
+        *(text.format(name=json.dumps(name)) for text in usage),
         *([_verification(origin["verification"])] if origin.get("verification") else []),
         CITATION,
     ]
