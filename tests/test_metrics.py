@@ -1,7 +1,6 @@
 """Statistics of the mappings on matrices made by hand, recording on live models, and the Trainer's log."""
 
 import math
-import time
 
 import pytest
 import torch
@@ -223,22 +222,21 @@ def test_callback_needs_hyper_connections(tmp_path):
         StreamMetricsCallback(every=0)
 
 
-class Stopwatch(TrainerCallback):
+class HookCounter(TrainerCallback):
+    """How many hooks are on the hyper-connections while each step runs."""
+
     def __init__(self):
-        self.seconds = []
+        self.hooks = []
 
-    def on_step_begin(self, *args, **kwargs):
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *args, **kwargs):
-        self.seconds.append(time.perf_counter() - self.start)
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        modules = [module for name, module in model.named_modules() if name.endswith("_hc")]
+        self.hooks.append(sum(len(module._forward_pre_hooks) for module in modules))
 
 
-def test_default_sampling_costs_less_than_a_hundredth_of_training(tmp_path):
-    stopwatch = Stopwatch()
-    # Sampling every other step; the callback is moved to the front, so its on_step_begin is outside the stopwatch.
-    callback = StreamMetricsCallback(every=2)
-    train(tmp_path, [callback, stopwatch], max_steps=20, per_device_train_batch_size=8, logging_steps=20)
-    sampled, plain = stopwatch.seconds[2::2], stopwatch.seconds[3::2]
-    overhead = (min(sampled) - min(plain)) / StreamMetricsCallback().every
-    assert overhead < 0.01 * min(plain)
+def test_steps_between_samples_run_without_hooks(tmp_path):
+    """So they cost what they cost without the callback; benchmarks/metrics.py measures the sampled ones."""
+    counter = HookCounter()
+    train(tmp_path, [StreamMetricsCallback(every=3), counter], max_steps=6, gradient_accumulation_steps=2)
+    assert len(counter.hooks) == 6
+    assert sum(count > 0 for count in counter.hooks) == 2
+    assert StreamMetricsCallback().every >= 20
