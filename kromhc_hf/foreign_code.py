@@ -86,7 +86,7 @@ def _strings(value: Any, only: str | None) -> Iterator[str]:
 
 def _check_kernels(content: dict[str, Any], path: Path | str) -> None:
     for name, value in content.items():
-        if KERNEL_FIELD.fullmatch(name):
+        if KERNEL_FIELD.fullmatch(str(name)):
             for choice in _strings(value, only=None):
                 if "/" in choice:
                     raise ValueError(

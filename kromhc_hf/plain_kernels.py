@@ -24,7 +24,7 @@ SPAN_ELEMENTS, SPAN_ELEMENTS_GPU = 3 << 16, 1 << 25
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 
-# No training step has so few; checkpointed layers run with and without gradients, in the same way.
+# The same with and without gradients, so that both give the same bits.
 FEW_TOKENS = 16
 
 
@@ -56,17 +56,17 @@ def project(streams: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tens
         return None, None
     tokens, (outputs, width) = streams.shape[0], weight.shape
     groups = streams.shape[1:].numel() // width
-    products = streams.new_empty(outputs, tokens * groups, dtype=weight.dtype)
+    products = streams.new_empty(tokens * groups, outputs, dtype=weight.dtype)
     norms = streams.new_empty(tokens * groups, dtype=weight.dtype)
     whole = streams.dtype == weight.dtype and streams.is_contiguous()
     for span in spans(streams, whole):
         rows = streams[span].reshape(-1, width).to(weight.dtype)
         place = slice(span.start * groups, span.start * groups + len(rows))
-        # The thin side first: twice as fast as rows @ weight.T on CPU.
-        torch.mm(weight, rows.t(), out=products[:, place])
+        # Not the thin side first, although that is faster: on two threads its last bits would depend on where in memory
+        # the weight lies, and a model would not compute the same after it was saved and loaded.
+        torch.mm(rows, weight.t(), out=products[place])
         torch.linalg.vector_norm(rows, dim=-1, out=norms[place])
-    # Batched products loop over the batch where it is not the slowest dimension.
-    return products.t().contiguous().view(tokens, groups, outputs), norms.square_().div_(width).view(tokens, groups)
+    return products.view(tokens, groups, outputs), norms.square_().div_(width).view(tokens, groups)
 
 
 def differences(streams: Tensor, out: Tensor) -> Tensor:
@@ -85,14 +85,19 @@ def differences(streams: Tensor, out: Tensor) -> Tensor:
 def gap_to_one(weights: Tensor) -> Tensor:
     """By how much the sum of the weights exceeds 1, `[..., n]` -> `[..., 1]`; up to 4 eps count as none.
 
-    See `snapped_sum`: equal streams then pass bitwise wherever the weights sum to 1 in exact arithmetic.
+    See `snapped_sum`: equal streams then pass bitwise wherever the weights sum to 1 in exact arithmetic. Gradients do
+    not notice.
     """
-    return F.hardshrink(weights.sum(-1, keepdim=True).sub_(1), 4 * EPS[weights.dtype])
+    gap = weights.sum(-1, keepdim=True).sub_(1)
+    if not gap.requires_grad:
+        return F.hardshrink(gap, 4 * EPS[weights.dtype])
+    fixed = gap.detach()
+    return gap - (fixed - F.hardshrink(fixed, 4 * EPS[weights.dtype]))
 
 
 def first_weight(weights: Tensor) -> Tensor:
     """What the first stream weighs beside the differences, `[..., n]` -> `[..., 1]`: the sum of the weights."""
-    return gap_to_one(weights).add_(1)
+    return gap_to_one(weights) + 1
 
 
 def read(streams: Tensor, h_pre: Tensor, scratch: Tensor) -> Tensor:
@@ -222,7 +227,7 @@ class DepthConnection(torch.autograd.Function):
                 outputs = branch_output.reshape(tokens.shape[0], 1, -1)
                 grad_h_post = correlation(outputs, tokens, h_post.dtype).squeeze(1)
             if ctx.needs_input_grad[2]:
-                grad_output = torch.empty_like(branch_output)
+                grad_output = branch_output.new_empty(branch_output.shape)
                 rows, weights = grad_output.view(tokens.shape[0], 1, -1), h_post.unsqueeze(1)
                 for span in spans(tokens):
                     multiply(weights[span], tokens[span].to(h_post.dtype), rows[span])
@@ -299,13 +304,13 @@ def connect(
     rows_sum_to_one: bool,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The branch input `[..., C]` of streams `[..., n, C]`, and the depth connection, which takes the branch output."""
+    tokens = streams.flatten(0, -3)
+    if tokens.shape[0] <= FEW_TOKENS:
+        return connect_few(streams, tokens, weight, bias, alpha, coefficients, rows_sum_to_one)
     if torch.is_grad_enabled():
         branch_input, h_post, mixed, h_res = WidthConnection.apply(streams, weight, bias, alpha, coefficients)
         return branch_input, lambda output: DepthConnection.apply(mixed, h_post, output, h_res, rows_sum_to_one)
 
-    tokens = streams.flatten(0, -3)
-    if tokens.shape[0] <= FEW_TOKENS:
-        return connect_few(streams, tokens, weight, bias, alpha, coefficients, rows_sum_to_one)
     h_pre, h_post, h_res = coefficients(*project(tokens, weight), bias, alpha, tokens.shape[0])
     branch_input = read(tokens, h_pre, new_scratch(tokens, h_pre.dtype))
 

@@ -7,12 +7,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kromhc_hf import HyperConnection, import_reference_state_dict
+from kromhc_hf import HyperConnection, import_reference_state_dict, plain_kernels
 from kromhc_hf.mixing import make_mixing
 
 
 # Outputs of order 1, float64, sums over at most 64 features: rounding stays below 1e-13.
 TOLERANCE = 1e-9
+
+
+@pytest.fixture(autouse=True, params=[0, 16], ids=["spans", "few"])
+def path(request, monkeypatch) -> None:
+    """A handful of tokens takes a path of its own, and these tests have no more: both paths are tested."""
+    monkeypatch.setattr(plain_kernels, "FEW_TOKENS", request.param)
 
 
 def load_golden(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:

@@ -3,10 +3,16 @@ import reference
 import torch
 from torch import nn
 
-from kromhc_hf import HyperConnection, doubly_stochastic_error
+from kromhc_hf import HyperConnection, doubly_stochastic_error, plain_kernels
 from kromhc_hf.hyper_connection import read
 from kromhc_hf.mixing import VARIANTS
 from kromhc_hf.stream_ends import LEARNED_READOUTS, StreamExpansion
+
+
+@pytest.fixture(autouse=True, params=[0, 16], ids=["spans", "few"])
+def path(request, monkeypatch) -> None:
+    """A handful of tokens takes a path of its own, and these tests have no more: both paths are tested."""
+    monkeypatch.setattr(plain_kernels, "FEW_TOKENS", request.param)
 
 
 SETTINGS = [
