@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .kernels import check_kernel, connect_triton, select_kernel
+from .kernels import check_kernel, select_connect
 from .mixing import make_mixing
 from .mixing_base import SINKHORN_ITERATIONS, snapped_sum
-from .plain_kernels import connect, without_autocast
+from .plain_kernels import cast, without_autocast
 
 
 INITS = ("identity", "paper")
@@ -56,9 +56,9 @@ def read(streams: Tensor, h_pre: Tensor) -> Tensor:
     return snapped_sum(h_pre) * first.squeeze(-2) + rest.sum(-2)
 
 
-def to_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def optional_cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The tensor in this dtype, if there is one."""
-    return None if tensor is None else tensor.to(dtype)
+    return None if tensor is None else cast(tensor, dtype)
 
 
 def check_init(name: str, readout_kind: str = "mean") -> None:
@@ -185,36 +185,16 @@ class HyperConnection(Float32Module):
         """
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
-        assert self.bias is not None
         dtype = self._dtype(streams)
-        selected = select_kernel(self.kernel, streams, dtype)
-        if selected == "torch" and torch.compiler.is_compiling():
-            return self._composite(streams)
-        connect_selected = connect_triton if selected == "triton" else connect
-        bias, weight, alpha = self.bias.to(dtype), to_dtype(self.weight, dtype), to_dtype(self.alpha, dtype)
+        connect = select_connect(self.kernel, streams, dtype)
+        weight, bias, alpha = (optional_cast(p, dtype) for p in (self.weight, self.bias, self.alpha))
+        assert bias is not None
         with without_autocast(streams):
-            branch_input, write_back = connect_selected(
-                streams, weight, bias, alpha, self._coefficients, self.mixing.rows_sum_to_one
-            )
+            branch_input, write_back = connect(streams, weight, bias, alpha, self)
 
         def write(branch_output: Tensor) -> Tensor:
             with without_autocast(streams):
                 return write_back(branch_output)
-
-        return branch_input, write
-
-    def _composite(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The same in operations that a compiler fuses."""
-        dtype = streams.dtype
-        with torch.autocast(streams.device.type, enabled=False):
-            wide = streams.to(self._dtype(streams))
-            h_pre, h_post, logits = self._gates(*self._projected(wide), self.bias, self.alpha)
-            branch_input = read(wide, h_pre).to(dtype)
-
-        def write(branch_output: Tensor) -> Tensor:
-            with torch.autocast(streams.device.type, enabled=False):
-                mixed = self.mixing.mix(wide, logits)
-                return torch.addcmul(mixed, h_post.unsqueeze(-1), branch_output.to(wide.dtype).unsqueeze(-2)).to(dtype)
 
         return branch_input, write
 
@@ -225,14 +205,15 @@ class HyperConnection(Float32Module):
             one = torch.ones(*leading, 1, dtype=dtype, device=streams.device)
             return Mappings(one, one, one.unsqueeze(-1))
         with torch.autocast(streams.device.type, enabled=False):
-            h_pre, h_post, logits = self._gates(*self._projected(streams.to(dtype)), self.bias, self.alpha)
+            h_pre, h_post, logits = self.gates(*self._projected(streams.to(dtype)), self.bias, self.alpha)
             h_res = self.mixing.matrix(logits)
         n = self.num_streams
         return Mappings(h_pre.expand(*leading, n), h_post.expand(*leading, n), h_res.expand(*leading, n, n))
 
     def _dtype(self, streams: Tensor) -> torch.dtype:
         """What coefficients are computed in."""
-        own = torch.float32 if self.bias is None else self.bias.dtype
+        bias = self.bias
+        own = torch.float32 if bias is None else bias.dtype
         if streams.dtype == own and own.itemsize >= 4:
             return own
         return torch.promote_types(torch.promote_types(own, streams.dtype), torch.float32)
@@ -244,28 +225,35 @@ class HyperConnection(Float32Module):
         features = wide.flatten(-2).unflatten(-1, (-1, self.weight.shape[1]))
         return F.linear(features, self.weight.to(wide.dtype)), features.square().mean(-1)
 
-    def _gates(
+    def gates(
         self, products: Tensor | None, squares: Tensor | None, bias: Tensor | None, alpha: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`h_pre [..., n]`, `h_post [..., n]` and the residual logits; without leading dimensions if static."""
+        """`h_pre [..., n]`, `h_post [..., n]` and the residual logits; without leading dimensions if static.
+
+        Args:
+            products: of the features with the weight, `[..., G, outputs]`, in G groups of the weight's width; None if
+                the mappings are static.
+            squares: the mean squares of the groups `[..., G]`, None with them.
+            bias: in the dtype to compute in, as is alpha.
+        """
         assert bias is not None
         dtype = bias.dtype if products is None else products.dtype
-        pre, post, residual = bias.to(dtype).split_with_sizes(self.sizes)
+        pre, post, residual = cast(bias, dtype).split_with_sizes(self.sizes)
         if products is not None and squares is not None and alpha is not None:
             dynamic = self.mixing.predict(products, torch.rsqrt(squares + self.eps).unsqueeze(-1))
             pre, post, residual = (
                 torch.addcmul(bias, a, d)
                 for bias, a, d in zip(
-                    (pre, post, residual), alpha.to(dtype).unbind(), dynamic.split_with_sizes(self.sizes, -1)
+                    (pre, post, residual), cast(alpha, dtype).unbind(), dynamic.split_with_sizes(self.sizes, -1)
                 )
             )
         return *self.mixing.gates(pre, post), residual
 
-    def _coefficients(
+    def coefficients(
         self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None, tokens: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """All mappings of `tokens` tokens: `[T, n]`, `[T, n]` and `[T, n, n]`."""
-        h_pre, h_post, logits = self._gates(products, squares, bias, alpha)
+        h_pre, h_post, logits = self.gates(products, squares, bias, alpha)
         h_res = self.mixing.matrix(logits)
         if products is not None:
             return h_pre, h_post, h_res

@@ -124,7 +124,7 @@ class KromHCMixing(Mixing):
         twos = self.factors.count(2)  # the factors are in ascending order
         swap = torch.sigmoid(logits if twos == len(self.factors) else logits[..., :twos])
         keep = 1 - swap
-        factors = list(torch.stack([keep, swap, swap, keep], dim=-1).unflatten(-1, (2, 2)).unbind(-3))
+        factors = list(torch.stack([keep, swap, swap, keep], dim=-1).view(*swap.shape, 2, 2).unbind(-3))
         if twos == len(self.factors):
             return functools.reduce(kronecker, factors)
         for size, factor_logits in zip(
@@ -137,7 +137,7 @@ class KromHCMixing(Mixing):
 def kronecker(left: Tensor, right: Tensor) -> Tensor:
     """The Kronecker product of the last two dimensions: `[..., i, i]` and `[..., j, j]` -> `[..., ij, ij]`."""
     size = left.shape[-1] * right.shape[-1]
-    product = left.unsqueeze(-2).unsqueeze(-1) * right.unsqueeze(-2).unsqueeze(-4)
+    product = left[..., :, None, :, None] * right[..., None, :, None, :]
     return product.reshape(*left.shape[:-2], size, size)
 
 

@@ -128,7 +128,8 @@ class Mixing:
 
     def gates(self, pre: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
         """`h_pre` and `h_post` from their logits, `[..., n]` each."""
-        return torch.sigmoid(pre), 2 * torch.sigmoid(post)
+        half = torch.sigmoid(post)
+        return torch.sigmoid(pre), half + half  # exactly twice, without making a tensor of the 2
 
 
 class DenseMixing(Mixing):
@@ -142,10 +143,8 @@ class DenseMixing(Mixing):
         # Relative to the first stream, so that equal streams are not even rounded. Not a matrix product: those of
         # this size are slow, and on GPUs they may be cut to TF32.
         first = streams[..., :1, :]
-        mixed = first if self.rows_sum_to_one else snapped_sum(h_res) * first
-        for j in range(1, self.num_streams):
-            mixed = torch.addcmul(mixed, h_res[..., j : j + 1], streams[..., j : j + 1, :] - first)
-        return mixed
+        others = h_res[..., 1:].unsqueeze(-1) * (streams[..., 1:, :] - first).unsqueeze(-3)
+        return (first if self.rows_sum_to_one else snapped_sum(h_res) * first) + others.sum(-2)
 
 
 def uneven_weights(favoured: Tensor) -> Tensor:

@@ -159,9 +159,10 @@ def _sizes(streams: Tensor) -> tuple[int, int, int]:
 
 
 @torch.library.custom_op("kromhc_hf::project", mutates_args=())
-def project(streams: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def project(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Products `[T, G, k]` and mean squares `[T, G]` of streams `[T, n, C]` and weight `[k, n * C / G]`."""
     outputs, width = weight.shape
+    groups = streams.shape[1] * streams.shape[2] // width
     rows = len(streams) * groups
     products = streams.new_empty(len(streams), groups, outputs, dtype=torch.float32)
     squares = streams.new_empty(products.shape[:2], dtype=torch.float32)
@@ -173,7 +174,8 @@ def project(streams: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tenso
 
 
 @project.register_fake
-def _(streams: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    groups = streams.shape[1] * streams.shape[2] // weight.shape[1]
     products = streams.new_empty(streams.shape[0], groups, weight.shape[0], dtype=torch.float32)
     return products, streams.new_empty(streams.shape[0], groups, dtype=torch.float32)
 
@@ -252,7 +254,7 @@ def _project_gradients(ctx, grad_products, grad_squares):
     width = weight.shape[1]
     rows, grad = streams.reshape(-1, width).float(), grad_products.flatten(0, 1)
     grad_rows = torch.addcmul(grad @ weight, grad_squares.reshape(-1, 1) * 2 / width, rows)
-    return grad_rows.view(streams.shape).to(streams.dtype), grad.t() @ rows, None
+    return grad_rows.view(streams.shape).to(streams.dtype), grad.t() @ rows
 
 
 def _read_gradients(ctx, grad):

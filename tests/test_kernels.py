@@ -10,13 +10,21 @@ import reference
 import torch
 from connected import tiny_llama
 
-from kromhc_hf import HyperConnection, apply_hyper_connections
+from kromhc_hf import HyperConnection, apply_hyper_connections, plain_kernels, plain_passes
 from kromhc_hf.mixing import VARIANTS
-from kromhc_hf.plain_kernels import SPAN_ELEMENTS
+from kromhc_hf.plain_passes import SPAN_ELEMENTS, Streams
 from kromhc_hf.triton_kernels import AVAILABLE
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def many(monkeypatch) -> int:
+    """Sends the small tensors of these tests the way of many tokens; returns up to what size they would be few."""
+    few = plain_kernels.FEW_PRODUCTS
+    monkeypatch.setattr(plain_kernels, "FEW_PRODUCTS", 0)
+    return few
 
 
 def randomised(variant: str, num_streams: int, hidden_size: int, **options) -> HyperConnection:
@@ -90,7 +98,7 @@ def test_spans_do_not_matter(dtype: torch.dtype, monkeypatch) -> None:
     streams, cotangent = (torch.randn(3, 7, 4, 24).to(dtype) for _ in range(2))
     whole = step(module, streams, cotangent)
     assert streams.numel() < SPAN_ELEMENTS
-    monkeypatch.setattr("kromhc_hf.plain_kernels.SPAN_ELEMENTS", 5 * 4 * 24)
+    monkeypatch.setattr(plain_passes, "SPAN_ELEMENTS", 5 * 4 * 24)
     found = step(module, streams, cotangent)
     with torch.no_grad():
         found["read"], write = module(streams)
@@ -101,11 +109,47 @@ def test_spans_do_not_matter(dtype: torch.dtype, monkeypatch) -> None:
         assert error(value, whole[name]) <= max(1e-5, torch.finfo(value.dtype).eps), name
 
 
-def test_few_tokens_agree_with_many() -> None:
+@pytest.mark.parametrize("form", ["plain", "differences"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("variant", ["kromhc", "hc"])
+def test_forms_of_the_sums_agree(variant: str, dtype: torch.dtype, form: str, monkeypatch) -> None:
+    module, streams, cotangent = randomised(variant, 4, 24), *(torch.randn(2, 7, 4, 24).to(dtype) for _ in range(2))
+    exact = step(module.double(), streams.double(), cotangent.double())
+    monkeypatch.setattr(Streams, "of", lambda tokens: Streams(tokens, form))
+    for name, value in step(module.float(), streams, cotangent).items():
+        # One rounding to the streams' dtype on the way in and one on the way out, of terms twice the size of the sum.
+        assert error(value, exact[name]) <= max(1e-5, 4 * torch.finfo(dtype).eps), name
+
+
+@pytest.mark.parametrize("form", ["equal", "differences"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_equal_streams_pass_bitwise_in_every_form_but_the_plain_one(dtype: torch.dtype, form: str, monkeypatch) -> None:
+    hidden, output = torch.randn(2, 2, 50, 24).to(dtype)
+    module = HyperConnection(24, 4, residual_logit=1.0)
+    monkeypatch.setattr(Streams, "of", lambda tokens: Streams(tokens, form))
+    branch_input, write = module(hidden.unsqueeze(-2).expand(-1, -1, 4, -1))
+    assert torch.equal(branch_input, hidden)
+    assert torch.equal(write(output), (hidden + output).unsqueeze(-2).expand(-1, -1, 4, -1))
+
+
+def test_form_is_seen_in_the_streams() -> None:
+    hidden = torch.randn(9, 1, 24)
+    different = hidden.repeat(1, 4, 1)
+    assert Streams.of(hidden.expand(-1, 4, -1)).form == "equal"
+    assert Streams.of(different).form == "equal"
+    different[8, 3, 23] += 1
+    assert Streams.of(different).form == "plain"
+    # Nothing to look at.
+    assert Streams.of(different.to("meta")).form == "differences"
+
+
+def test_few_tokens_agree_with_many(many: int, monkeypatch) -> None:
     module, streams, output = randomised("kromhc", 4, 24), torch.randn(1, 40, 4, 24), torch.randn(1, 40, 24)
     with torch.no_grad():
         branch_input, write = module(streams)
         out = write(output)
+        monkeypatch.setattr(plain_kernels, "FEW_PRODUCTS", many)
+        assert many >= 8 * 4 * 4 * 24
         for token in range(0, 40, 8):
             part = slice(token, token + 8)
             few_input, write = module(streams[:, part])

@@ -80,7 +80,7 @@ def test_operators_are_registered_soundly() -> None:
     h_pre, h_post = torch.rand(5, 4, requires_grad=True), torch.rand(5, 4, requires_grad=True)
     h_res, output = torch.rand(5, 4, 4, requires_grad=True), torch.randn(5, 24, requires_grad=True)
     weight = torch.randn(10, 96, requires_grad=True)
-    torch.library.opcheck(kernels.project, (streams, weight, 1))
+    torch.library.opcheck(kernels.project, (streams, weight))
     torch.library.opcheck(kernels.read, (streams, h_pre))
     torch.library.opcheck(kernels.write, (streams, h_res, h_post, output, True))
 
