@@ -5,12 +5,14 @@ python -m benchmarks.hyper_connection --device cuda --dtype bfloat16 --hidden-si
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.measuring import DTYPES, arguments, bars, eager_kromhc, in_turn, peak_bytes, ratio, report, saved_bytes
 from kromhc_hf import HyperConnection
+from kromhc_hf.kernels import KERNELS
 
 
 def main() -> None:
@@ -18,6 +20,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--streams", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--kernel", choices=KERNELS, default="torch")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -28,22 +31,35 @@ def main() -> None:
         bars(rows, lambda row: f"{row['path']} {row['pass']} n={row['n']}", "times eager", options.plot)
 
 
-def measure(n: int, options: Any) -> list[dict[str, Any]]:
+def made(n: int, options: Any) -> tuple[HyperConnection, torch.Tensor, torch.Tensor]:
+    """A hyper-connection with random weights, streams `[1, T, n, C]` and a gradient for the new streams."""
     dtype, shape = DTYPES[options.dtype], (1, options.tokens, n, options.hidden_size)
     streams = torch.randn(shape, dtype=dtype, device=options.device, requires_grad=True)
-    cotangent, target = torch.randn_like(streams), torch.empty_like(streams)
     module = HyperConnection(options.hidden_size, n, device=options.device)
     torch.nn.init.normal_(module.weight, std=0.02)
-    parameters = dict(module.named_parameters())
+    return module, streams, torch.randn_like(streams)
 
-    def eager(x: torch.Tensor) -> torch.Tensor:
-        return eager_kromhc(parameters, x.to(module.bias.dtype), lambda y: y, module.eps)[1].to(dtype)
+
+def eager(module: HyperConnection, streams: torch.Tensor) -> torch.Tensor:
+    """The new streams from the equations, with F = identity."""
+    wide = streams.to(module.bias.dtype)
+    return eager_kromhc(dict(module.named_parameters()), wide, lambda y: y, module.eps)[1].to(streams.dtype)
+
+
+def eager_step(module: HyperConnection, streams: torch.Tensor, cotangent: torch.Tensor) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(eager(module, streams), [streams, *module.parameters()], cotangent)
+
+
+def measure(n: int, options: Any) -> list[dict[str, Any]]:
+    module, streams, cotangent = made(n, options)
+    module.kernel, parameters = options.kernel, list(module.parameters())
+    target = torch.empty_like(streams)
 
     def default(x: torch.Tensor) -> torch.Tensor:
         branch_input, write = module(x)
         return write(branch_input)
 
-    paths: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"eager": eager, "default": default}
+    paths: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"eager": partial(eager, module), "default": default}
     if not options.no_compile:
         torch.compiler.reset()
         paths["compiled"] = torch.compile(default, fullgraph=True)
@@ -56,7 +72,7 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
         return run
 
     def both(path: Callable) -> Callable:
-        return lambda: torch.autograd.grad(path(streams), [streams, *parameters.values()], cotangent)
+        return lambda: torch.autograd.grad(path(streams), [streams, *parameters], cotangent)
 
     candidates = {"copy": lambda: target.copy_(streams.detach())}
     for name, path in paths.items():
@@ -72,9 +88,7 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
         for part, elements in ideal.items():
             taken = seconds[f"{name} {part}"]
             rate = [elements * size / second for second in taken]
-            kept = (
-                None if part == "forward" else saved_bytes(lambda p=path: p(streams), [streams, *parameters.values()])
-            )
+            kept = None if part == "forward" else saved_bytes(lambda p=path: p(streams), [streams, *parameters])
             rows.append(
                 {
                     "n": n,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SEPARATES, DOES_NOT = "#1f6fb2", "#9a9a9a"
+LINEAR = 0.01
 
 
 def summarize(study: Study, results: Results, costs: Mapping[str, float], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def draw_differences(summary: Mapping[str, Any], path: Path) -> None:
     arms = {name: arm for name, arm in summary["arms"].items() if arm["difference"] is not None}
     if not arms:
         return
-    figure = Figure(figsize=(7, 0.32 * len(arms) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 0.32 * len(arms) + 1.4), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="#555555", linewidth=0.8)
     several = len({arm["against"] for arm in arms.values()}) > 1
@@ -116,10 +117,15 @@ def draw_differences(summary: Mapping[str, Any], path: Path) -> None:
     axes.grid(axis="x", color="#e0e0e0", linewidth=0.6)
     axes.set_axisbelow(True)
     other = "the other arm" if several else next(iter(arms.values()))["against"]
-    axes.set_xlabel(
-        f"held-out loss minus that of {other}, nats per token\n95 % interval; blue separates, left is better"
+    # Small differences and large ones in one picture: linear up to LINEAR, logarithmic beyond.
+    axes.set_xscale("symlog", linthresh=LINEAR, linscale=2)
+    axes.tick_params(axis="x", labelsize=8)
+    figure.supxlabel(
+        f"held-out loss minus that of {other}, nats per token (logarithmic beyond {LINEAR})\n"
+        "95 % interval; blue separates, left is better",
+        fontsize=9,
     )
-    axes.set_title(summary["title"], fontsize=10)
+    figure.suptitle(summary["title"], fontsize=10)
     figure.savefig(path, dpi=120)
 
 

@@ -81,7 +81,8 @@ class Write(torch.autograd.Function):
             output = torch.addcmul(output, h_post[:, i : i + 1], row)
         return (
             mixed.to(streams.dtype),
-            torch.stack([(grad * stream.unsqueeze(1)).sum(-1) for stream in streams.unbind(1)], dim=-1),
+            # A call, although sums that fuse are a little faster: Inductor's lost three digits in a model.
+            torch.bmm(grad, streams.to(grad.dtype).mT),
             (grad * branch_output.unsqueeze(1)).sum(-1),
             output.to(branch_output.dtype),
             None,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hyper_connection import HyperConnection, expand, readout
+from .kernels import UnwrittenStreams
 from .spec import LayerSpec, Step, Sublayer, attribute, forward_parameters
 from .stream_ends import LEARNED_READOUTS, StreamExpansion, StreamReadout
 
@@ -50,17 +51,20 @@ class HyperConnectedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Some models pass cache and mask by position, in the order of the original signature.
         kwargs.update(zip(self.positional_names, args))
-        streams = hidden_states
+        streams: Any = hidden_states
         if streams.dim() == 3:
             if self.spec.wide is not None and attribute(self, self.spec.wide):
                 streams = streams.float()
             streams = self.make_streams(streams)
         attention_output: tuple[Any, ...] = ()
-        for step in self.spec.steps:
-            branch_input, write = getattr(self, step.name)(streams)
+        hyper_connections: list[Any] = [getattr(self, name) for name in self.spec.names]
+        for step, hyper_connection, reader in zip(self.spec.steps, hyper_connections, (*hyper_connections[1:], None)):
+            branch_input, write = hyper_connection(streams)
             branch_output, extras = self.run_step(step, branch_input, kwargs)
             attention_output = extras or attention_output
-            streams = write(branch_output)
+            # Asked of the class, since wrappers pass on what they do not have themselves.
+            fused = hasattr(type(reader), "writes_first") and reader.writes_first(write)
+            streams = UnwrittenStreams(write, branch_output) if fused else write(branch_output)
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.

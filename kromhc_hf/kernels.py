@@ -1,6 +1,7 @@
 """Which implementation reads and writes the streams: plain PyTorch, or Triton where it can run."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from .composite_kernels import Project, Read, Write
 from .plain_kernels import Mapper, connect
-from .triton_kernels import AVAILABLE, DTYPES, INTERPRETED, project, read, write
+from .triton_kernels import project, read, write
+from .triton_language import AVAILABLE, DTYPES, INTERPRETED
+from .triton_width import LARGEST_OUTPUTS, LARGEST_STREAMS, width
+from .triton_write_width import write_width
 
 
 KERNELS = ("auto", "torch", "triton")
@@ -17,6 +21,28 @@ KERNELS = ("auto", "torch", "triton")
 # From streams `[..., n, C]`, weight, bias, alpha and what maps them to the branch input `[..., C]` and the depth
 # connection, which takes the branch output.
 Connect = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, Mapper], tuple[Tensor, Callable[[Tensor], Tensor]]]
+
+
+@dataclass(frozen=True)
+class TritonWrite:
+    """A depth connection in Triton, called with the branch output `[..., C]`."""
+
+    tokens: Tensor  # [T, n, C]
+    h_res: Tensor
+    h_post: Tensor
+    rows_sum_to_one: bool
+    shape: torch.Size  # of the streams
+
+    def __call__(self, branch_output: Tensor) -> Tensor:
+        output = branch_output.flatten(0, -2)
+        return write(self.tokens, self.h_res, self.h_post, output, self.rows_sum_to_one).view(self.shape)
+
+
+class UnwrittenStreams(NamedTuple):
+    """Streams that the next hyper-connection writes, in the kernel that reads them."""
+
+    write: TritonWrite
+    branch_output: Tensor  # [..., C]
 
 
 class Passes(NamedTuple):
@@ -50,7 +76,7 @@ def select_connect(kernel: str, streams: Tensor, dtype: torch.dtype) -> Connect:
     if kernel != "torch":
         reason = _obstacle(streams, dtype, interpreted=kernel == "triton")
         if reason is None:
-            return partial(connect_passes, TRITON)
+            return connect_triton
         if kernel == "triton":
             raise ValueError(f"kernel 'triton' {reason}. Use kernel='auto' or kernel='torch'.")
     return partial(connect_passes, COMPOSITE) if torch.compiler.is_compiling() else connect
@@ -81,3 +107,38 @@ def connect_passes(
         return passes.write(tokens, h_res, h_post, output, mapper.mixing.rows_sum_to_one).view(streams.shape)
 
     return branch_input.view(*streams.shape[:-2], -1), write_back
+
+
+def fuses(weight: Tensor | None, mapper: Mapper) -> bool:
+    """Whether one Triton kernel makes the whole width connection."""
+    if weight is None or not mapper.mixing.plain_gates:
+        return False
+    return mapper.mixing.num_streams <= LARGEST_STREAMS and weight.shape[0] <= LARGEST_OUTPUTS
+
+
+def connect_triton(
+    streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mapper: Mapper
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The same in Triton, and in one kernel where the gates are sigmoids of one projection."""
+    if weight is None or alpha is None or not fuses(weight, mapper):
+        return connect_passes(TRITON, streams, weight, bias, alpha, mapper)
+    tokens = streams.flatten(0, -3)
+    branch_input, _, h_post, logits, *_ = width(tokens, weight, bias, alpha, mapper.eps)
+    return branch_input.view(*streams.shape[:-2], -1), _write(tokens, h_post, logits, mapper, streams.shape)
+
+
+def connect_unwritten(
+    streams: UnwrittenStreams, weight: Tensor, bias: Tensor, alpha: Tensor, mapper: Mapper
+) -> tuple[Tensor, TritonWrite]:
+    """Writes the streams and connects them, in one kernel."""
+    old, branch_output = streams
+    output = branch_output.flatten(0, -2)
+    tokens, branch_input, _, h_post, logits, *_ = write_width(
+        old.tokens, old.h_res, old.h_post, output, old.rows_sum_to_one, weight, bias, alpha, mapper.eps
+    )
+    return branch_input.view(branch_output.shape), _write(tokens, h_post, logits, mapper, old.shape)
+
+
+def _write(tokens: Tensor, h_post: Tensor, logits: Tensor, mapper: Mapper, shape: torch.Size) -> TritonWrite:
+    h_res = mapper.mixing.matrix(logits)
+    return TritonWrite(tokens, h_res, h_post, mapper.mixing.rows_sum_to_one, shape)

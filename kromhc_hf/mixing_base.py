@@ -73,6 +73,8 @@ class Mixing:
     num_logits: int
     # Whether the rows of `h_res` sum to 1 by construction, for any logits, up to rounding.
     rows_sum_to_one = False
+    # Whether `predict` and `gates` are the ones below, which the fused kernels carry out.
+    plain_gates = True
 
     def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
         self.num_streams = check_num_streams(num_streams)

@@ -109,6 +109,8 @@ class HCMixing(DenseMixing):
     streams share, and a tanh; nothing is bounded or normalised. It starts at H_res = I whatever the residual logit.
     """
 
+    plain_gates = False
+
     def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
         super().__init__(num_streams, sinkhorn_iterations)
         self.num_logits = num_streams**2

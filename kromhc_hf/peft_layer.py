@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .decoder_layer import END_NAMES, HyperConnectedLayer, LayerArguments, layer_arguments, layer_namespace
-from .hyper_connection import HyperConnection, Mappings
+from .hyper_connection import HyperConnection, Mappings, observed
+from .kernels import UnwrittenStreams
 from .modeling import with_readout
 from .spec import LayerSpec
 
@@ -74,8 +75,12 @@ class HyperConnectionSite(nn.Module, BaseTunerLayer):
         assert isinstance(module, HyperConnection)
         return module
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def forward(self, streams: Tensor | UnwrittenStreams) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return self.hyper_connection(streams)
+
+    def writes_first(self, write: Callable[[Tensor], Tensor]) -> bool:
+        """See `HyperConnection.writes_first`."""
+        return not observed(self) and self.hyper_connection.writes_first(write)
 
     def mappings(self, streams: Tensor) -> Mappings:
         """The mappings of the active adapter, see `HyperConnection.mappings`."""

@@ -28,9 +28,9 @@ from .plain_passes import (
 )
 
 
-# Up to so many products of an entry of `h_res` with a feature the number of operations counts, not their size. The same
-# with and without gradients, so that both give the same bits.
-FEW_PRODUCTS = 1 << 17
+# Of a handful of tokens the number of operations counts and not their size, unless there are very many products of an
+# entry of `h_res` with a feature. The same with and without gradients, so that both give the same bits.
+FEW_TOKENS, FEW_PRODUCTS = 16, 1 << 17
 
 
 class Mapper(Protocol):
@@ -41,6 +41,7 @@ class Mapper(Protocol):
     """
 
     mixing: Mixing
+    eps: float  # added to the mean squares
 
     def gates(
         self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None
@@ -171,7 +172,7 @@ def connect(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The branch input `[..., C]` of streams `[..., n, C]`, and the depth connection, which takes the branch output."""
     tokens = streams.flatten(0, -3)
-    if tokens.numel() * tokens.shape[1] <= FEW_PRODUCTS:
+    if tokens.shape[0] <= FEW_TOKENS and tokens.numel() * tokens.shape[1] <= FEW_PRODUCTS:
         return connect_few(streams, tokens, weight, bias, alpha, mapper)
     sum_to_one = mapper.mixing.rows_sum_to_one
     if torch.is_grad_enabled():

@@ -1,8 +1,9 @@
 """The passes over the streams as Triton kernels, registered as custom operators that torch.compile sees whole.
 
-One program works on one token (the projection: on 16), so that each pass moves every stream once: reading `(n + 1) C`
-elements, writing `(2n + 1) C`, the backward pass of writing `(3n + 2) C`. All sums are fp32. Without a GPU the kernels
-run in Triton's interpreter, with `TRITON_INTERPRET=1` in the environment.
+One program works on one token (the projection: on 16), so that each pass moves every stream once: of memory the
+projection and the read move `n C` and `(n + 1) C` elements per token, the write `(2n + 1) C`, the backward passes of
+read and write `(2n + 1) C` and `(3n + 2) C`. All sums are fp32. Without a GPU the kernels run in Triton's interpreter,
+with `TRITON_INTERPRET=1` in the environment.
 """
 
 # mypy: ignore-errors
@@ -11,44 +12,22 @@ run in Triton's interpreter, with `TRITON_INTERPRET=1` in the environment.
 # Triton reads annotations as text, and without Triton there would be nothing to evaluate them with.
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-
-# Not an import statement: this file travels to the Hub, and Triton is not needed to use it.
-AVAILABLE = find_spec("triton") is not None
-if AVAILABLE:
-    triton, tl = import_module("triton"), import_module("triton.language")
-
-# Triton decides when a kernel is defined.
-INTERPRETED = AVAILABLE and bool(triton.knobs.runtime.interpret)
-ROUNDS_BY_ITSELF = AVAILABLE and tl.constexpr(not INTERPRETED)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK, TOKENS, DEPTH = 128, 16, 64
+from .triton_language import PRECISION, TOKENS, jit, rounded, run, snapped, tl
 
 
-def jit(function):
-    return triton.jit(function) if AVAILABLE else function
-
-
-@jit
-def _rounded(value, dtype: tl.constexpr):
-    if dtype == tl.bfloat16 and not ROUNDS_BY_ITSELF:
-        # The interpreter cuts the rest off instead of rounding to the nearest even.
-        bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(dtype)
+DEPTH = 64
+# A wider weight is projected by several programs.
+OUTPUTS = 64
 
 
 @jit
 def _project(streams, weight, products, squares, rows, width, K: tl.constexpr, PADDED: tl.constexpr,
              TOKENS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    output = tl.arange(0, PADDED)
+    output = tl.program_id(1) * PADDED + tl.arange(0, PADDED)
     products_sum = tl.zeros((TOKENS, PADDED), tl.float32)
     square_sum = tl.zeros((TOKENS,), tl.float32)
     for start in range(0, width, DEPTH):
@@ -57,8 +36,7 @@ def _project(streams, weight, products, squares, rows, width, K: tl.constexpr, P
         x = tl.load(streams + row[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
         w_inside = (output[:, None] < K) & (c[None, :] < width)
         w = tl.load(weight + output[:, None] * width + c[None, :], mask=w_inside, other=0.0)
-        # TF32 would round the streams to 11 bits.
-        products_sum += tl.dot(x, tl.trans(w), input_precision="ieee")
+        products_sum += tl.dot(x, tl.trans(w), input_precision=PRECISION)
         square_sum += tl.sum(x * x, axis=1)
     inside = (row[:, None] < rows) & (output[None, :] < K)
     tl.store(products + row[:, None] * K + output[None, :], products_sum, mask=inside)
@@ -70,8 +48,7 @@ def _read(streams, h_pre, out, n, width, N: tl.constexpr, BLOCK: tl.constexpr):
     token, j = tl.program_id(0).to(tl.int64), tl.arange(0, N)
     weights = tl.load(h_pre + token * n + j, mask=j < n, other=0.0)
     total = tl.sum(weights, axis=0)
-    # As in `snapped_sum`: 4 eps of fp32.
-    total = tl.where(tl.abs(total - 1.0) <= 4.76837158203125e-07, 1.0, total)
+    total = snapped(total)
     base = streams + token * n * width
     for start in range(0, width, BLOCK):
         c = start + tl.arange(0, BLOCK)
@@ -79,7 +56,7 @@ def _read(streams, h_pre, out, n, width, N: tl.constexpr, BLOCK: tl.constexpr):
         x = tl.load(base + j[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
         first = tl.load(base + c, mask=c < width, other=0.0).to(tl.float32)
         value = total * first + tl.sum(weights[:, None] * (x - first[None, :]), axis=0)
-        tl.store(out + token * width + c, _rounded(value, out.dtype.element_ty), mask=c < width)
+        tl.store(out + token * width + c, rounded(value, out.dtype.element_ty), mask=c < width)
 
 
 @jit
@@ -96,7 +73,7 @@ def _read_backward(grad, streams, h_pre, grad_streams, grad_h_pre, n, width, N: 
         g = tl.load(grad + token * width + c, mask=c < width, other=0.0).to(tl.float32)
         total += tl.sum(x * g[None, :], axis=1)
         value = weights[:, None] * g[None, :]
-        tl.store(grad_streams + place, _rounded(value, grad_streams.dtype.element_ty), mask=inside)
+        tl.store(grad_streams + place, rounded(value, grad_streams.dtype.element_ty), mask=inside)
     tl.store(grad_h_pre + token * n + j, total, mask=j < n)
 
 
@@ -108,7 +85,7 @@ def _write(streams, h_res, h_post, branch_output, out, n, width, SUM_TO_ONE: tl.
     matrix = tl.load(h_res + token * n * n + i[:, None] * n + i[None, :], mask=square, other=0.0)
     post = tl.load(h_post + token * n + i, mask=i < n, other=0.0)
     total = tl.sum(matrix, axis=1)
-    total = tl.where(tl.abs(total - 1.0) <= 4.76837158203125e-07, 1.0, total)
+    total = snapped(total)
     if SUM_TO_ONE:
         total = tl.full((N,), 1.0, tl.float32)
     base = token * n * width
@@ -121,7 +98,7 @@ def _write(streams, h_res, h_post, branch_output, out, n, width, SUM_TO_ONE: tl.
         y = tl.load(branch_output + token * width + c, mask=c < width, other=0.0).to(tl.float32)
         others = tl.sum(matrix[:, :, None] * (x - first[None, :])[None, :, :], axis=1)
         value = total[:, None] * first[None, :] + others + post[:, None] * y[None, :]
-        tl.store(out + place, _rounded(value, out.dtype.element_ty), mask=inside)
+        tl.store(out + place, rounded(value, out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -145,17 +122,19 @@ def _write_backward(grad, streams, h_res, h_post, branch_output, grad_streams, g
         matrix_sum += tl.sum(g[:, None, :] * x[None, :, :], axis=2)
         post_sum += tl.sum(g * y[None, :], axis=1)
         mixed = tl.sum(matrix[:, :, None] * g[:, None, :], axis=0)
-        tl.store(grad_streams + place, _rounded(mixed, grad_streams.dtype.element_ty), mask=inside)
+        tl.store(grad_streams + place, rounded(mixed, grad_streams.dtype.element_ty), mask=inside)
         value = tl.sum(post[:, None] * g, axis=0)
-        tl.store(grad_output + token * width + c, _rounded(value, grad_output.dtype.element_ty), mask=c < width)
+        tl.store(grad_output + token * width + c, rounded(value, grad_output.dtype.element_ty), mask=c < width)
     tl.store(grad_h_res + entry, matrix_sum, mask=square)
     tl.store(grad_h_post + token * n + i, post_sum, mask=i < n)
 
 
-def _sizes(streams: Tensor) -> tuple[int, int, int]:
-    """n, C, and n rounded up to a power of 2."""
+def _sizes(streams: Tensor) -> tuple[int, int, int, int]:
+    """n, C, n rounded up to a power of 2, and at how many features a program works at once."""
     n, width = streams.shape[-2:]
-    return n, width, 1 << (n - 1).bit_length()
+    padded = 1 << (n - 1).bit_length()
+    # A matrix times so many features should stay in registers.
+    return n, width, padded, max(16, min(128, 4096 // padded**2))
 
 
 @torch.library.custom_op("kromhc_hf::project", mutates_args=())
@@ -166,10 +145,10 @@ def project(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     rows = len(streams) * groups
     products = streams.new_empty(len(streams), groups, outputs, dtype=torch.float32)
     squares = streams.new_empty(products.shape[:2], dtype=torch.float32)
-    padded = max(16, 1 << (outputs - 1).bit_length())
-    _project[(-(-rows // TOKENS),)](
-        streams.contiguous(), weight.contiguous(), products, squares, rows, width, outputs, padded, TOKENS, DEPTH
-    )
+    padded = min(OUTPUTS, max(16, 1 << (outputs - 1).bit_length()))
+    grid = (-(-rows // TOKENS), -(-outputs // padded))
+    inputs = (streams.contiguous(), weight.contiguous())
+    run(_project, grid, *inputs, products, squares, rows, width, outputs, padded, TOKENS, DEPTH)
     return products, squares
 
 
@@ -183,9 +162,9 @@ def _(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("kromhc_hf::read", mutates_args=())
 def read(streams: Tensor, h_pre: Tensor) -> Tensor:
     """`sum_j h_pre[j] streams[j]`: `[T, n, C]` and `[T, n]` -> `[T, C]`."""
-    n, width, padded = _sizes(streams)
+    n, width, *sizes = _sizes(streams)
     out = streams.new_empty(len(streams), width)
-    _read[(len(streams),)](streams.contiguous(), h_pre.contiguous(), out, n, width, padded, BLOCK)
+    run(_read, (len(streams),), streams.contiguous(), h_pre.contiguous(), out, n, width, *sizes)
     return out
 
 
@@ -197,11 +176,11 @@ def _(streams: Tensor, h_pre: Tensor) -> Tensor:
 @torch.library.custom_op("kromhc_hf::read_backward", mutates_args=())
 def read_backward(grad: Tensor, streams: Tensor, h_pre: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the streams and of `h_pre`."""
-    n, width, padded = _sizes(streams)
+    n, width, *sizes = _sizes(streams)
     grad_streams = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
     grad_h_pre = torch.empty(h_pre.shape, dtype=h_pre.dtype, device=h_pre.device)
     inputs = (tensor.contiguous() for tensor in (grad, streams, h_pre))
-    _read_backward[(len(streams),)](*inputs, grad_streams, grad_h_pre, n, width, padded, BLOCK)
+    run(_read_backward, (len(streams),), *inputs, grad_streams, grad_h_pre, n, width, *sizes)
     return grad_streams, grad_h_pre
 
 
@@ -213,10 +192,10 @@ def _(grad: Tensor, streams: Tensor, h_pre: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("kromhc_hf::write", mutates_args=())
 def write(streams: Tensor, h_res: Tensor, h_post: Tensor, branch_output: Tensor, rows_sum_to_one: bool) -> Tensor:
     """`sum_j h_res[i, j] streams[j] + h_post[i] branch_output`, `[T, n, C]`."""
-    n, width, padded = _sizes(streams)
+    n, width, *sizes = _sizes(streams)
     out = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
     inputs = (tensor.contiguous() for tensor in (streams, h_res, h_post, branch_output))
-    _write[(len(streams),)](*inputs, out, n, width, rows_sum_to_one, padded, BLOCK)
+    run(_write, (len(streams),), *inputs, out, n, width, rows_sum_to_one, *sizes)
     return out
 
 
@@ -230,10 +209,10 @@ def write_backward(
     grad: Tensor, streams: Tensor, h_res: Tensor, h_post: Tensor, branch_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the streams, `h_res`, `h_post` and the branch output, in one pass."""
-    n, width, padded = _sizes(streams)
+    n, width, *sizes = _sizes(streams)
     inputs = [tensor.contiguous() for tensor in (grad, streams, h_res, h_post, branch_output)]
     outputs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (streams, h_res, h_post, branch_output)]
-    _write_backward[(len(streams),)](*inputs, *outputs, n, width, padded, BLOCK)
+    run(_write_backward, (len(streams),), *inputs, *outputs, n, width, *sizes)
     return outputs[0], outputs[1], outputs[2], outputs[3]
 
 

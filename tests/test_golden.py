@@ -15,10 +15,10 @@ from kromhc_hf.mixing import make_mixing
 TOLERANCE = 1e-9
 
 
-@pytest.fixture(autouse=True, params=[0, 1 << 17], ids=["spans", "few"])
+@pytest.fixture(autouse=True, params=[0, 16], ids=["spans", "few"])
 def path(request, monkeypatch) -> None:
     """A handful of tokens takes a path of its own, and these tests have no more: both paths are tested."""
-    monkeypatch.setattr(plain_kernels, "FEW_PRODUCTS", request.param)
+    monkeypatch.setattr(plain_kernels, "FEW_TOKENS", request.param)
 
 
 def load_golden(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:

@@ -9,10 +9,10 @@ from kromhc_hf.mixing import VARIANTS
 from kromhc_hf.stream_ends import LEARNED_READOUTS, StreamExpansion
 
 
-@pytest.fixture(autouse=True, params=[0, 1 << 17], ids=["spans", "few"])
+@pytest.fixture(autouse=True, params=[0, 16], ids=["spans", "few"])
 def path(request, monkeypatch) -> None:
     """A handful of tokens takes a path of its own, and these tests have no more: both paths are tested."""
-    monkeypatch.setattr(plain_kernels, "FEW_PRODUCTS", request.param)
+    monkeypatch.setattr(plain_kernels, "FEW_TOKENS", request.param)
 
 
 SETTINGS = [

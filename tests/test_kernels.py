@@ -12,8 +12,9 @@ from connected import tiny_llama
 
 from kromhc_hf import HyperConnection, apply_hyper_connections, plain_kernels, plain_passes
 from kromhc_hf.mixing import VARIANTS
+from kromhc_hf.mixing_base import Mixing
 from kromhc_hf.plain_passes import SPAN_ELEMENTS, Streams
-from kromhc_hf.triton_kernels import AVAILABLE
+from kromhc_hf.triton_language import AVAILABLE
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,9 +22,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @pytest.fixture(autouse=True)
 def many(monkeypatch) -> int:
-    """Sends the small tensors of these tests the way of many tokens; returns up to what size they would be few."""
-    few = plain_kernels.FEW_PRODUCTS
-    monkeypatch.setattr(plain_kernels, "FEW_PRODUCTS", 0)
+    """Sends the small tensors of these tests the way of many tokens; returns how many tokens would be few."""
+    few = plain_kernels.FEW_TOKENS
+    monkeypatch.setattr(plain_kernels, "FEW_TOKENS", 0)
     return few
 
 
@@ -148,8 +149,7 @@ def test_few_tokens_agree_with_many(many: int, monkeypatch) -> None:
     with torch.no_grad():
         branch_input, write = module(streams)
         out = write(output)
-        monkeypatch.setattr(plain_kernels, "FEW_PRODUCTS", many)
-        assert many >= 8 * 4 * 4 * 24
+        monkeypatch.setattr(plain_kernels, "FEW_TOKENS", many)
         for token in range(0, 40, 8):
             part = slice(token, token + 8)
             few_input, write = module(streams[:, part])
@@ -234,6 +234,11 @@ def test_compiled_agrees(variant: str) -> None:
         out, [leaf, *module.parameters()], cotangent
     )):  # fmt: skip
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_fused_kernels_know_the_gates(variant: type[Mixing]) -> None:
+    assert variant.plain_gates == (variant.gates is Mixing.gates and variant.predict is Mixing.predict)
 
 
 def test_updated_parameters_are_seen() -> None:
