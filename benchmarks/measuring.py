@@ -133,5 +133,6 @@ def bars(rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str], val
     axes = figure.subplots()
     drawn = axes.barh([label(row) for row in rows][::-1], [row[value] for row in rows][::-1])
     axes.bar_label(drawn, fmt=" %.3g")
+    axes.margins(x=0.1)
     axes.set_xlabel(value)
     figure.savefig(path, dpi=120)

@@ -2,6 +2,7 @@
 
 The calls are those of the default path for fp32, forward and backward, with what they allocate. Their sum, against the
 plainest eager code measured in the same run, is the largest ratio that the default path can reach on this machine.
+Calls that are used 0 times are what could stand in for others, and is slower.
 
 python -m benchmarks.roofline                                           # CPU, fp32, C = 768, T = 1024
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.hyper_connection import eager_step, made
 from benchmarks.measuring import arguments, in_turn, ratio, report
+from kromhc_hf.mixing import make_mixing
 from kromhc_hf.plain_passes import weight_gradient
 
 
@@ -66,7 +68,8 @@ def parts(n: int, weight: Tensor, streams: Tensor, grad: Tensor) -> dict[str, tu
     padded = F.pad(weight, (0, 0, 0, -outputs % 8))
     h_res, h_pre = torch.rand(tokens, n, n), torch.rand(tokens, 1, n)
     output, grads, scale = torch.randn(tokens, 1, width), torch.randn(tokens, 1, outputs), torch.rand(tokens, 1)
-    place = torch.empty_like(streams)
+    place, mixing = torch.empty_like(streams), make_mixing("kromhc", n)
+    logits = torch.randn(tokens, mixing.num_logits)
     return {
         "projection": (1, lambda: torch.mm(rows, padded.t())),
         "norm": (1, lambda: torch.linalg.vector_norm(rows, dim=-1)),
@@ -78,7 +81,18 @@ def parts(n: int, weight: Tensor, streams: Tensor, grad: Tensor) -> dict[str, tu
         "gradient of the streams from the projection": (1, lambda: place.flatten(1).addmm_(grads.squeeze(1), weight)),
         "gradient of the norm": (1, lambda: place.flatten(1).addcmul_(scale, rows)),
         "gradient of the weight": (1, lambda: weight_gradient(streams, weight, grads)),
+        "projection, weight not filled up": (0, lambda: torch.mm(rows, weight.t())),
+        "gradient of the weight in one product": (0, lambda: torch.mm(grads.squeeze(1).t(), rows)),
+        "n x n with n x C, one update per stream": (0, lambda: by_stream(h_res, streams)),
+        "n x n with n x C, factors one by one": (0, lambda: mixing.mix(streams, logits)),
     }
+
+
+def by_stream(h_res: Tensor, streams: Tensor) -> Tensor:
+    mixed = h_res[:, :, :1] * streams[:, :1]
+    for j in range(1, streams.shape[1]):
+        mixed.addcmul_(h_res[:, :, j : j + 1], streams[:, j : j + 1])
+    return mixed
 
 
 if __name__ == "__main__":

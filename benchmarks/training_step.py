@@ -2,7 +2,7 @@
 
 python -m benchmarks.training_step                                                     # CPU, C = 512, 8 layers, S = 256
 python -m benchmarks.training_step --device cuda --dtype bfloat16 --hidden-size 2048 --layers 16 --vocabulary 128256 \\
-    --batch 8 --sequence 2048 --compile --variants kromhc                              # 1B class
+    --batch 8 --sequence 2048 --compile --variants kromhc --kernel triton              # 1B class
 """
 
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measuring import DTYPES, arguments, bars, in_turn, peak_bytes, ratio, report
-from kromhc_hf import apply_hyper_connections
+from kromhc_hf import HyperConnection, apply_hyper_connections
+from kromhc_hf.kernels import KERNELS
 from kromhc_hf.mixing import VARIANTS
 
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--kernel", choices=KERNELS, default="torch")
     parser.add_argument("--compile", action="store_true", help="measure the compiled models as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -64,7 +66,12 @@ def make(variant: str | None, options: Any) -> Any:
     )
     with torch.device(options.device):
         model = LlamaForCausalLM(config).to(DTYPES[options.dtype])
-    return model if variant is None else apply_hyper_connections(model, options.streams, variant)
+    if variant is not None:
+        apply_hyper_connections(model, options.streams, variant)
+        for module in model.modules():
+            if isinstance(module, HyperConnection):
+                module.kernel = options.kernel
+    return model
 
 
 def step(model: Any, call: Any, tokens: torch.Tensor) -> Any:

@@ -85,6 +85,7 @@ class KromHCMixing(Mixing):
             )
         self.logits_per_factor = tuple(factorial(size) - 1 for size in self.factors)
         self.num_logits = sum(self.logits_per_factor)
+        self.twos = self.factors.count(2)
 
     @staticmethod
     def _nearest(num_streams: int) -> int:
@@ -99,38 +100,41 @@ class KromHCMixing(Mixing):
     def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
         if not self.factors:
             return streams
-        mixed = streams.unflatten(-2, self.factors)  # [..., i_1, ..., i_K, C]
-        for position, factor_logits in enumerate(logits.split(self.logits_per_factor, dim=-1)):
-            size, dim = self.factors[position], position - len(self.factors) - 1
-            # Mixing is written as x + sum_shift weight * (rolled x - x), so that equal streams are not even rounded.
-            source = mixed
-            for shift, weight in enumerate(self._neighbour_weights(factor_logits, size), start=1):
+        # Mixing is written as x + sum_shift weight * (shifted x - x), so that equal streams are not even rounded.
+        mixed = streams.reshape(*streams.shape[:-2], *self.factors, streams.shape[-1])  # [..., i_1, ..., i_K, C]
+        ones = (1,) * (len(self.factors) + 1)
+        if self.twos:
+            swaps = torch.sigmoid(logits[..., : self.twos])
+            swaps = swaps.view(*swaps.shape, *ones)
+            for position in range(self.twos):
+                flipped = mixed.flip(position - len(ones))
+                mixed = torch.addcmul(mixed, swaps.select(-len(ones) - 1, position), flipped - mixed)
+        for position, factor_logits in self._larger_factors(logits):
+            size, dim, source = self.factors[position], position - len(ones), mixed
+            factor = permutation_mixture(factor_logits, size)
+            rows = torch.arange(size, device=logits.device)
+            for shift in range(1, size):
+                weight = factor[..., rows, (rows + shift) % size]
                 weight = weight.reshape(*weight.shape[:-1], *(1,) * position, size, *(1,) * (-dim - 1))
                 mixed = torch.addcmul(mixed, weight, source.roll(-shift, dim) - source)
-        return mixed.flatten(-1 - len(self.factors), -2)
+        return mixed.flatten(-len(ones), -2)
 
-    @staticmethod
-    def _neighbour_weights(logits: Tensor, size: int) -> list[Tensor]:
-        """For shift = 1 .. size - 1: the entries `U[a, (a + shift) % size]` of the factor, each `[..., size]`."""
-        if size == 2:
-            return [torch.sigmoid(logits).expand(*logits.shape[:-1], 2)]
-        factor = permutation_mixture(logits, size)
-        rows = torch.arange(size, device=logits.device)
-        return [factor[..., rows, (rows + shift) % size] for shift in range(1, size)]
+    def _larger_factors(self, logits: Tensor) -> list[tuple[int, Tensor]]:
+        """The positions and logits of the factors after those of size 2; factors are in ascending order."""
+        if self.twos == len(self.factors):
+            return []
+        parts = logits[..., self.twos :].split(self.logits_per_factor[self.twos :], -1)
+        return list(enumerate(parts, start=self.twos))
 
     def matrix(self, logits: Tensor) -> Tensor:
         if not self.factors:
             return logits.new_ones(*logits.shape[:-1], 1, 1)
-        twos = self.factors.count(2)  # the factors are in ascending order
-        swap = torch.sigmoid(logits if twos == len(self.factors) else logits[..., :twos])
+        swap = torch.sigmoid(logits[..., : self.twos])
         keep = 1 - swap
         factors = list(torch.stack([keep, swap, swap, keep], dim=-1).view(*swap.shape, 2, 2).unbind(-3))
-        if twos == len(self.factors):
-            return functools.reduce(kronecker, factors)
-        for size, factor_logits in zip(
-            self.factors[twos:], logits[..., twos:].split(self.logits_per_factor[twos:], -1)
-        ):
-            factors.append(permutation_mixture(factor_logits, size))
+        factors += [
+            permutation_mixture(part, self.factors[position]) for position, part in self._larger_factors(logits)
+        ]
         return functools.reduce(kronecker, factors)
 
 
