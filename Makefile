@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser conformance clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -43,8 +43,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+# The small study of docs/evidence.md again, held against what is published there.
+evidence: $(READY)
+	$(BIN)/python -m benchmarks.retrofit benchmarks/studies/small.yaml --output evidence-output \
+		--compare docs/evidence/small.json
+
 conformance: $(READY)
 	$(BIN)/python tests/conformance/run.py --write docs/conformance.md
 
 clean:
-	rm -rf $(VENV) demo-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,6 @@
 """The documentation: its numbers are those that its command prints, and its examples work."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.study_report import table
 from kromhc_hf import doubly_stochastic_error
 from kromhc_hf.mixing_base import SINKHORN_ITERATIONS, DenseMixing
 
@@ -72,3 +74,12 @@ def test_the_variant_of_the_guide_works():
     assert torch.equal(mixing.mix(streams, logits), streams)
     start = mixing.matrix(mixing.initial_logits(4.0))
     assert torch.equal(start.argmax(1), torch.arange(4))
+
+
+def test_tables_of_the_evidence_are_those_of_the_summaries():
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    summaries = {path.stem: json.loads(path.read_text()) for path in (DOCS / "evidence").glob("*.json")}
+    assert set(summaries) == {path.stem for path in (PROJECT / "benchmarks" / "studies").glob("*.yaml")}
+    for name, summary in summaries.items():
+        assert table(summary) in page, name
+        assert {f"{name}-curves.png", f"{name}-differences.png"} <= {p.name for p in (DOCS / "evidence").iterdir()}
