@@ -42,12 +42,9 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
     candidates = {"eager": eager_step(module, streams, cotangent), "default": default} | {
         name: call for name, (_, call) in calls.items()
     }
-    with torch.no_grad():
-        seconds = in_turn({name: _with_grad(run) for name, run in candidates.items()}, options)
+    seconds = in_turn(candidates, options)
     times = {"eager": 1, "default": 1} | {name: count for name, (count, _) in calls.items()}
-    sums = [
-        sum(times[name] * taken[i] for name, taken in seconds.items() if name in calls) for i in range(options.rounds)
-    ]
+    sums = [sum(times[name] * seconds[name][i] for name in calls) for i in range(options.rounds)]
     rows = [
         {"n": n, "what": name, "times used": times[name], "ms each": 1e3 * min(taken), "times faster than eager": ""}
         for name, taken in seconds.items()
@@ -55,10 +52,6 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
     rows[1]["times faster than eager"] = ratio(seconds["eager"], seconds["default"])
     total = {"n": n, "what": "sum of the calls", "times used": 1, "ms each": 1e3 * min(sums)}
     return [*rows, total | {"times faster than eager": ratio(seconds["eager"], sums)}]
-
-
-def _with_grad(run: Callable[[], Any]) -> Callable[[], Any]:
-    return torch.enable_grad()(run)
 
 
 def parts(n: int, weight: Tensor, streams: Tensor, grad: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:

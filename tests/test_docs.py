@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.study_report import table
+from benchmarks.study_report import table, with_error
+from benchmarks.study_statistics import paired_difference
 from kromhc_hf import doubly_stochastic_error
 from kromhc_hf.mixing_base import SINKHORN_ITERATIONS, DenseMixing
 
@@ -83,3 +85,19 @@ def test_tables_of_the_evidence_are_those_of_the_summaries():
     for name, summary in summaries.items():
         assert table(summary) in page, name
         assert {f"{name}-curves.png", f"{name}-differences.png"} <= {p.name for p in (DOCS / "evidence").iterdir()}
+
+
+def test_what_the_evidence_says_about_pairs_of_arms():
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    summaries = (json.loads((DOCS / "evidence" / f"{name}.json").read_text()) for name in ("retrofit", "scratch"))
+    retrofit, scratch = ({name: arm["losses"] for name, arm in summary["arms"].items()} for summary in summaries)
+    four_streams = ["identity", "mhc", "mhc_lite", *(f"kromhc{tail}" for tail in ("", " logit 2", " logit 8"))]
+    four_streams += [name for name in retrofit if "unequal writes" in name or "readout" in name or "embedding" in name]
+    from_scratch = [name for name in scratch if not name.startswith("residual")]
+    assert (len(four_streams), len(from_scratch)) == (12, 5)
+    for arms, names in ((retrofit, four_streams), (scratch, from_scratch)):
+        for one, other in combinations(names, 2):
+            assert not paired_difference(arms[one], arms[other]).separates, (one, other)
+    for one, other in (("kromhc static", "kromhc"), ("kromhc logit 8", "kromhc logit 2")):
+        number = with_error(paired_difference(retrofit[one], retrofit[other])._asdict(), "").replace("0.", ".")
+        assert number in page, number
