@@ -2,24 +2,32 @@
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .architectures import supported_model_types
+from .checkpoint_inspection import inspect_checkpoints, inspect_model
 from .configuration import KromHCConfig
 from .connections_only import load_hyper_connections, push_hyper_connections, save_hyper_connections
 from .conversion import convert_checkpoint
-from .growing import grow_streams
-from .hub import push_folder
+from .growing import Growth, grow_streams
+from .hub import push_checkpoint, push_folder
 from .hyper_connection import HyperConnection, Mappings
-from .inspection import record_mappings
+from .inspection import BranchRecord, record_mappings
 from .mixing import doubly_stochastic_error
-from .modeling import KromHCForCausalLM, KromHCForSequenceClassification, KromHCModel
+from .modeling import (
+    KromHCForCausalLM,
+    KromHCForQuestionAnswering,
+    KromHCForSequenceClassification,
+    KromHCForTokenClassification,
+    KromHCModel,
+)
 from .parameter_counts import count_parameters
 from .patching import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
 from .peft_registration import register_with_peft
 from .reference import import_reference_state_dict
 from .reference_model import import_reference_checkpoint
 from .registration import register
+from .report import write_report
 from .sharding import shard_hyper_connections
 from .training import (
     HyperConnectionTrainerMixin,
@@ -30,15 +38,23 @@ from .training import (
 from .verification import ConversionReport, verify_conversion
 
 
+if TYPE_CHECKING:
+    from .metrics import StreamMetricsCallback
+    from .peft_method import KromHCPeftConfig
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "BranchRecord",
     "ConversionReport",
+    "Growth",
     "HyperConnection",
     "HyperConnectionTrainerMixin",
     "KromHCConfig",
     "KromHCForCausalLM",
+    "KromHCForQuestionAnswering",
     "KromHCForSequenceClassification",
+    "KromHCForTokenClassification",
     "KromHCModel",
     "KromHCPeftConfig",
     "Mappings",
@@ -53,8 +69,11 @@ __all__ = [
     "hyper_connection_state_dict",
     "import_reference_checkpoint",
     "import_reference_state_dict",
+    "inspect_checkpoints",
+    "inspect_model",
     "load_hyper_connections",
     "optimizer_param_groups",
+    "push_checkpoint",
     "push_folder",
     "push_hyper_connections",
     "record_mappings",
@@ -63,6 +82,7 @@ __all__ = [
     "shard_hyper_connections",
     "supported_model_types",
     "verify_conversion",
+    "write_report",
 ]
 
 register()

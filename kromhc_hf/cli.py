@@ -27,7 +27,7 @@ from .checkpoint_inspection import Inspection, inspect_checkpoints
 from .conversion import convert_checkpoint
 from .demo import run_demo
 from .families_table import families_table
-from .hub import check_push, push_folder
+from .hub import check_push, push_checkpoint
 from .inspection_tables import BRANCH_COLUMNS, branch_rows, total_rows
 from .linking import LINKS
 from .plots import require_matplotlib
@@ -251,7 +251,7 @@ def _convert_adapter(source: str, destination: Path, base: str | None) -> None:
 
 def _push(folder: Path, repo_id: str, private: bool) -> None:
     # On stderr, where the JSON of the report is not in the way.
-    messages.print(f"uploaded: {push_folder(folder, repo_id, private=private or None)}", soft_wrap=True)
+    messages.print(f"uploaded: {push_checkpoint(folder, repo_id, private=private or None)}", soft_wrap=True)
 
 
 def _finish(report: ConversionReport, as_json: bool) -> None:

@@ -71,7 +71,7 @@ def push_hyper_connections(
     token: str | bool | None = None,
     commit_message: str = "Upload hyper-connections",
 ) -> str:
-    """Uploads the hyper-connections of a model alone, see `save_hyper_connections` and `push_folder`.
+    """Uploads the hyper-connections of a model alone, see `save_hyper_connections` and `push_checkpoint`.
 
     Returns:
         The address of the commit.

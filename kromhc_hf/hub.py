@@ -14,7 +14,7 @@ from .configuration import PREFIX, KromHCConfig
 from .model_card import model_card
 
 
-def push_folder(
+def push_checkpoint(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
@@ -50,6 +50,10 @@ def push_folder(
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
     operations.append(CommitOperationAdd(CARD, _card(folder, KromHCConfig.from_dict(content), repo_id).encode()))
     return upload(operations, repo_id, private, revision, token, commit_message)
+
+
+# The name that it had first.
+push_folder = push_checkpoint
 
 
 def upload(

@@ -22,7 +22,7 @@ from kromhc_hf import (
     convert_checkpoint,
     freeze_backbone,
     load_hyper_connections,
-    push_folder,
+    push_checkpoint,
     push_hyper_connections,
     save_hyper_connections,
 )
@@ -67,7 +67,7 @@ def push_base(base: Path, repo_id: str = "ada/base") -> str:
 
 
 def test_push_and_pull_into_an_empty_cache(hub, converted):
-    url = push_folder(converted, "ada/model")
+    url = push_checkpoint(converted, "ada/model")
     assert url == f"{hub.url}/ada/model/commit/{hub.repositories['ada/model'].branches['main']}"
     sent = hub.files("ada/model")
     local = {str(path.relative_to(converted)): path.read_bytes() for path in converted.rglob("*") if path.is_file()}
@@ -80,7 +80,7 @@ def test_push_and_pull_into_an_empty_cache(hub, converted):
 
 
 def test_model_card(hub, converted):
-    push_folder(converted, "ada/model")
+    push_checkpoint(converted, "ada/model")
     card = ModelCard.load("ada/model")
     assert card.data.base_model == "ada/base"
     assert (card.data.license, card.data.license_name) == ("other", "tiny")
@@ -103,7 +103,7 @@ def test_model_card(hub, converted):
 def test_a_card_of_ones_own_is_kept(hub, converted):
     own = "---\ntags:\n- mine\n---\n# Mine\n"
     (converted / "README.md").write_text(own)
-    push_folder(converted, "ada/model")
+    push_checkpoint(converted, "ada/model")
     assert hub.files("ada/model")["README.md"].decode() == own
     AutoModelForCausalLM.from_pretrained("ada/model").push_to_hub("ada/model")
     assert ModelCard.load("ada/model").text.strip() == "# Mine"
@@ -163,7 +163,7 @@ def test_pickled_weights_from_the_hub(hub, base, tmp_path):
 
 
 def test_pull_one_revision(hub, base, converted):
-    push_folder(converted, "ada/model")
+    push_checkpoint(converted, "ada/model")
     first = hub.repositories["ada/model"].branches["main"]
     model = AutoModelForCausalLM.from_pretrained("ada/model")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -188,15 +188,15 @@ def test_an_interrupted_upload_goes_on(hub, converted, monkeypatch):
     assert len(shards) > 3
     hub.uploads_left = 2
     with pytest.raises(OSError, match="upload to 'ada/model' did not finish .* Push the folder again"):
-        push_folder(converted, "ada/model")
+        push_checkpoint(converted, "ada/model")
     assert len(hub.uploads) == 2
     assert hub.files("ada/model") == {}
     hub.uploads_left = None
-    push_folder(converted, "ada/model")
+    push_checkpoint(converted, "ada/model")
     assert len(hub.uploads) == len(set(hub.uploads)) == len(shards)
     assert shards < hub.files("ada/model").keys()
     count = len(hub.repositories["ada/model"].commits)
-    push_folder(converted, "ada/model")
+    push_checkpoint(converted, "ada/model")
     assert len(hub.uploads) == len(shards)
     assert len(hub.repositories["ada/model"].commits) <= count + 1
 
@@ -204,7 +204,7 @@ def test_an_interrupted_upload_goes_on(hub, converted, monkeypatch):
 def test_an_interrupted_download_goes_on(hub, converted, monkeypatch):
     # Only whole chunks survive a broken connection; they are 10 MB by default.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
-    push_folder(converted, "ada/model")
+    push_checkpoint(converted, "ada/model")
     hub.broken_downloads = 1
     model = AutoModelForCausalLM.from_pretrained("ada/model")
     assert [asked for asked in hub.ranges if asked is not None]
@@ -216,7 +216,7 @@ def test_an_interrupted_download_goes_on(hub, converted, monkeypatch):
 def test_a_wrong_token_is_refused(hub, converted, monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(PermissionError, match=r"token must be allowed to write to 'ada/model'.*hf auth login"):
-        push_folder(converted, "ada/model")
+        push_checkpoint(converted, "ada/model")
     assert hub.repositories == {}
 
 
@@ -248,16 +248,16 @@ def test_a_hub_that_is_down(hub, converted, monkeypatch):
     hub.server_close()
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     with pytest.raises(ConnectionError, match="upload to 'ada/model' did not finish"):
-        push_folder(converted, "ada/model")
+        push_checkpoint(converted, "ada/model")
 
 
 def test_the_namespace_of_somebody_else_is_refused(hub, converted):
     with pytest.raises(PermissionError, match="must be allowed to write to 'bob/model'; the Hub answered 403"):
-        push_folder(converted, "bob/model")
+        push_checkpoint(converted, "bob/model")
 
 
 def test_a_private_repository_needs_the_token(hub, converted, monkeypatch, tmp_path):
-    push_folder(converted, "ada/secret", private=True)
+    push_checkpoint(converted, "ada/secret", private=True)
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(OSError, match="ada/secret"):
         AutoModelForCausalLM.from_pretrained("ada/secret")
@@ -268,7 +268,7 @@ def test_a_private_repository_needs_the_token(hub, converted, monkeypatch, tmp_p
 
 def test_only_converted_folders_are_pushed(hub, base):
     with pytest.raises(ValueError, match="must hold a checkpoint with hyper-connections; .* has model_type 'llama'"):
-        push_folder(base, "ada/model")
+        push_checkpoint(base, "ada/model")
     assert hub.repositories == {}
 
 
