@@ -45,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The small study of docs/evidence.md again, held against what is published there.
 evidence: $(READY)
-	$(BIN)/python -m benchmarks.retrofit benchmarks/studies/small.yaml --output evidence-output \
+	$(BIN)/python -m benchmarks.study benchmarks/studies/small.yaml --output evidence-output \
 		--compare docs/evidence/small.json
 
 conformance: $(READY)

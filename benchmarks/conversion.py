@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from sparse import sparse_llama
+from support.sparse import sparse_llama
 
 
 MEASURE = """

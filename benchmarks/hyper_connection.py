@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.measuring import DTYPES, arguments, bars, eager_kromhc, in_turn, peak_bytes, ratio, report, saved_bytes
 from kromhc_hf import HyperConnection
-from kromhc_hf.kernels import KERNELS
+from kromhc_hf.modeling.kernels import KERNELS
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 
 # The plainest eager style, written from the papers' equations, is the batched twin among the tests.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-import reference
+from support import reference
 
 
 eager_kromhc = reference.eager_kromhc

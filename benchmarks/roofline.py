@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.hyper_connection import eager_step, made
 from benchmarks.measuring import arguments, in_turn, ratio, report
-from kromhc_hf.mixing import make_mixing
-from kromhc_hf.plain_passes import weight_gradient
+from kromhc_hf.modeling.kernels_eager_passes import weight_gradient
+from kromhc_hf.modeling.variants import make_mixing
 
 
 def main() -> None:

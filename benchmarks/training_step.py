@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measuring import DTYPES, arguments, bars, in_turn, peak_bytes, ratio, report
 from kromhc_hf import HyperConnection, apply_hyper_connections
-from kromhc_hf.kernels import KERNELS
-from kromhc_hf.mixing import VARIANTS
+from kromhc_hf.modeling.kernels import KERNELS
+from kromhc_hf.modeling.variants import VARIANTS
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from kromhc_hf import HyperConnection
-from kromhc_hf.mixing import VARIANTS, make_mixing
-from kromhc_hf.mixing_base import PAPER_RESIDUAL_LOGIT
+from kromhc_hf.modeling.mixing import PAPER_RESIDUAL_LOGIT
+from kromhc_hf.modeling.variants import VARIANTS, make_mixing
 from kromhc_hf.parameter_counts import count_parameters
 
 

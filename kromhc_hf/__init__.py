@@ -4,43 +4,44 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .architectures import supported_model_types
-from .checkpoint_inspection import inspect_checkpoints, inspect_model
-from .configuration import KromHCConfig
-from .connections_only import load_hyper_connections, push_hyper_connections, save_hyper_connections
-from .conversion import convert_checkpoint
+from .applying import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
+from .conversion.convert import convert_checkpoint
+from .conversion.hub import push_checkpoint, push_folder
+from .conversion.hyper_connection_file import load_hyper_connections, push_hyper_connections, save_hyper_connections
+from .conversion.report import ConversionReport
+from .conversion.verification import verify_conversion
 from .growing import Growth, grow_streams
-from .hub import push_checkpoint, push_folder
-from .hyper_connection import HyperConnection, Mappings
-from .inspection import BranchRecord, record_mappings
-from .mixing import doubly_stochastic_error
-from .modeling import (
+from .inspection.inspection import inspect_checkpoints, inspect_model
+from .inspection.recording import BranchRecord, record_mappings
+from .inspection.report import write_report
+from .modeling.configuration_kromhc import KromHCConfig
+from .modeling.hyper_connection import HyperConnection, Mappings
+from .modeling.layer_fit import supported_model_types
+from .modeling.mixing import doubly_stochastic_error
+from .modeling.modeling_kromhc import (
     KromHCForCausalLM,
     KromHCForQuestionAnswering,
     KromHCForSequenceClassification,
     KromHCForTokenClassification,
     KromHCModel,
 )
+from .official.checkpoints import import_reference_checkpoint
+from .official.modules import import_reference_state_dict
 from .parameter_counts import count_parameters
-from .patching import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
-from .peft_registration import register_with_peft
-from .reference import import_reference_state_dict
-from .reference_model import import_reference_checkpoint
+from .peft.registration import register_with_peft
 from .registration import register
-from .report import write_report
-from .sharding import shard_hyper_connections
 from .training import (
     HyperConnectionTrainerMixin,
     freeze_backbone,
     hyper_connection_state_dict,
     optimizer_param_groups,
+    shard_hyper_connections,
 )
-from .verification import ConversionReport, verify_conversion
 
 
 if TYPE_CHECKING:
-    from .metrics import StreamMetricsCallback
-    from .peft_method import KromHCPeftConfig
+    from .inspection.trainer_callback import StreamMetricsCallback
+    from .peft.config import KromHCPeftConfig
 
 __version__ = "0.1.0"
 
@@ -89,7 +90,7 @@ register()
 register_with_peft()
 
 # Imported when asked for: the first needs transformers' Trainer, the second the optional package peft.
-_LAZY = {"StreamMetricsCallback": ".metrics", "KromHCPeftConfig": ".peft_method"}
+_LAZY = {"StreamMetricsCallback": ".inspection.trainer_callback", "KromHCPeftConfig": ".peft.config"}
 
 
 def __getattr__(name: str) -> Any:

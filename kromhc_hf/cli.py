@@ -23,16 +23,17 @@ from rich.progress import (
 from rich.table import Table
 from transformers.utils import logging
 
-from .checkpoint_inspection import Inspection, inspect_checkpoints
-from .conversion import convert_checkpoint
+from .conversion.convert import convert_checkpoint
+from .conversion.disk import LINKS
+from .conversion.hub import check_push, push_checkpoint
+from .conversion.report import ConversionReport
+from .conversion.verification import verify_conversion
 from .demo import run_demo
 from .families_table import families_table
-from .hub import check_push, push_checkpoint
-from .inspection_tables import BRANCH_COLUMNS, branch_rows, total_rows
-from .linking import LINKS
-from .plots import require_matplotlib
-from .report import write_report
-from .verification import ConversionReport, verify_conversion
+from .inspection.inspection import Inspection, inspect_checkpoints
+from .inspection.plots import require_matplotlib
+from .inspection.report import write_report
+from .inspection.tables import BRANCH_COLUMNS, branch_rows, total_rows
 
 
 app = typer.Typer(
@@ -239,7 +240,7 @@ def _layers(text: str | None) -> str | range | None:
 def _convert_adapter(source: str, destination: Path, base: str | None) -> None:
     if find_spec("peft") is None:
         raise ValueError("adapters need the package peft, which is not installed. Use pip install 'kromhc-hf[peft]'.")
-    from .adapter_checkpoints import adapter_to_checkpoint, checkpoint_to_adapter
+    from .peft.conversion import adapter_to_checkpoint, checkpoint_to_adapter
 
     with messages.status("writing"):
         if base is None:

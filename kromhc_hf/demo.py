@@ -10,11 +10,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .conversion import convert_checkpoint
-from .inspection import record_mappings
-from .plots import plot_mixing, require_matplotlib
+from .conversion.convert import convert_checkpoint
+from .conversion.report import ConversionReport
+from .inspection.plots import plot_mixing, require_matplotlib
+from .inspection.recording import record_mappings
 from .training import optimizer_param_groups
-from .verification import ConversionReport
 
 
 DATA = Path(__file__).parent / "demo_data"

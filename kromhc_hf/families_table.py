@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from .families import SUPPORTED
-from .refusals import REFUSED
-from .spec import ByConfig, LayerSpec, Row, Step, Sublayer
+from .modeling.families import REFUSED, SUPPORTED
+from .modeling.layer_spec import ByConfig, LayerSpec, Row, Step, Sublayer
 
 
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"

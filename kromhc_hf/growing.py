@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .architectures import check_own_forward
-from .hyper_connection import HyperConnection
-from .mixing import KromHCMixing, make_mixing, prime_factors
-from .modeling import plan_connections
-from .patching import has_hyper_connections, replace_config
-from .stream_ends import SigmoidReadout, SoftmaxReadout, StreamExpansion, StreamReadout
+from .applying import has_hyper_connections, replace_config
+from .modeling.hyper_connection import HyperConnection
+from .modeling.layer_fit import check_own_forward
+from .modeling.modeling_kromhc import plan_connections
+from .modeling.stream_ends import SigmoidReadout, SoftmaxReadout, StreamExpansion, StreamReadout
+from .modeling.variants import KromHCMixing, make_mixing, prime_factors
 
 
 class Growth(NamedTuple):

@@ -2,10 +2,10 @@
 
 from math import prod
 
-from .hyper_connection import check_init
-from .mixing import make_mixing
-from .reference import official_module
-from .stream_ends import LEARNED_READOUTS
+from .modeling.hyper_connection import check_init
+from .modeling.stream_ends import LEARNED_READOUTS
+from .modeling.variants import make_mixing
+from .official.modules import official_module
 
 
 def count_parameters(

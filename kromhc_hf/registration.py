@@ -8,9 +8,9 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from .architectures import supported_model_types
-from .configuration import PREFIX, KromHCConfig
-from .modeling import FACES, model_class
+from .modeling.configuration_kromhc import PREFIX, KromHCConfig
+from .modeling.layer_fit import supported_model_types
+from .modeling.modeling_kromhc import FACES, model_class
 
 
 def register() -> None:

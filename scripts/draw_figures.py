@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from kromhc_hf import HyperConnection
-from kromhc_hf.checkpoint_inspection import compared_sum_errors
-from kromhc_hf.mixing import VARIANTS, make_mixing
+from kromhc_hf.inspection.inspection import compared_sum_errors
+from kromhc_hf.inspection.plots import WIDTH, curves_figure, draw_matrix, new_figure, style
+from kromhc_hf.inspection.themed_svg import INK, SERIES, to_svg
+from kromhc_hf.modeling.variants import VARIANTS, make_mixing
 from kromhc_hf.parameter_counts import count_parameters
-from kromhc_hf.plots import WIDTH, curves_figure, draw_matrix, new_figure, style
-from kromhc_hf.themed_svg import INK, SERIES, to_svg
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"

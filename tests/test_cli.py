@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny import configurations, make_model
+from support.tiny import configurations, make_model
 from transformers import AutoModelForCausalLM
 
 from kromhc_hf import supported_model_types

@@ -22,7 +22,7 @@ def results(tmp_path_factory) -> Path:
     environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     run = subprocess.run(
-        [*command, tests / "distributed_worker.py", folder],
+        [*command, tests / "support" / "distributed_worker.py", folder],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from connected import connected, tiny_llama
-from tiny import token_ids
+from support.connected import connected, tiny_llama
+from support.tiny import token_ids
 
 from kromhc_hf import KromHCForCausalLM, grow_streams
-from kromhc_hf.stream_ends import LEARNED_READOUTS
+from kromhc_hf.modeling.stream_ends import LEARNED_READOUTS
 
 
 READOUTS = ["mean", *LEARNED_READOUTS]

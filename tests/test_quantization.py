@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from runs import retrofitted
-from tiny import configurations, make_model, token_ids
+from support.runs import retrofitted
+from support.tiny import configurations, make_model, token_ids
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 

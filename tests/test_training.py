@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from runs import losses, make_trainer, retrofitted
-from tiny import configurations, make_model, token_ids
+from support.runs import losses, make_trainer, retrofitted
+from support.tiny import configurations, make_model, token_ids
 from transformers import AutoModelForCausalLM, Trainer
 
 from kromhc_hf import (

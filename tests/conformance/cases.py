@@ -15,10 +15,10 @@ from unittest import mock
 import numpy as np
 import torch
 from distribution import import_suite
-from tiny import configurations
+from support.tiny import configurations
 
 from kromhc_hf import KromHCConfig
-from kromhc_hf.modeling import FACES
+from kromhc_hf.modeling.modeling_kromhc import FACES
 
 
 # The suite skips these kinds of tests unless it is asked for them, when it is imported.

@@ -1,0 +1,94 @@
+"""What a training step of each arm costs, as a multiple of the arm that it is compared with.
+
+The two take their steps in turn in one process, so that both see the same machine, and the ratio is taken within each
+round. `equal_time` then gives an arm as many steps as the other's time buys. Its schedule is shortened with it: a loss
+read off in the middle of a longer cosine is not annealed and would be unfair to the dearer arm.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measuring import in_turn, machine, ratio
+from benchmarks.study.config import Arm, Study, StudyError
+from benchmarks.study.data import load_corpus
+from benchmarks.study.runs import write_atomically
+from benchmarks.study.training import Training
+
+
+# What a step's cost does not depend on.
+IRRELEVANT = (
+    *("steps", "eval_every", "held_out_windows", "lr", "lr_ratio", "weight_decay"),
+    *("residual_logit", "symmetry_breaking"),
+)
+
+
+def cost_settings(arm: Arm) -> dict[str, Any]:
+    return {key: value for key, value in arm.settings().items() if key not in IRRELEVANT}
+
+
+def measure_costs(study: Study, folder: Path, shared: Path, rounds: int) -> None:
+    """Measures every arm on one thread, in CPU time, and writes `cost.json` into the folder."""
+    torch.set_num_threads(1)
+    options = argparse.Namespace(rounds=rounds, cpu_time=True, device="cpu")
+    found: list[dict[str, Any]] = []
+    for name, arm in study.arms.items():
+        other = study.arms[study.compared_with(name)]
+        settings = [cost_settings(arm), cost_settings(other)]
+        if settings[0] != settings[1] and not any(entry["settings"] == settings for entry in found):
+            print(f"measuring {name}", file=sys.stderr, flush=True)
+            steps = {
+                key: Training(it, 0, load_corpus(it, shared, folder / "tokens"), shared).step
+                for key, it in (("arm", arm), ("other", other))
+            }
+            seconds = in_turn(steps, options)
+            found.append(
+                {
+                    "arm": name,
+                    "against": study.compared_with(name),
+                    "times": ratio(seconds["arm"], seconds["other"]),
+                    "seconds_per_step": statistics.median(seconds["arm"]),
+                    "settings": settings,
+                }
+            )
+    write_atomically(folder / "cost.json", {"machine": machine(options), "costs": found})
+
+
+def read_costs(study: Study, folder: Path) -> dict[str, float]:
+    """The measured cost of each arm as a multiple of the one that it is compared with; without those not measured."""
+    path = folder / "cost.json"
+    entries = json.loads(path.read_text(encoding="utf-8"))["costs"] if path.exists() else []
+    costs = {}
+    for name, arm in study.arms.items():
+        settings = [cost_settings(arm), cost_settings(study.arms[study.compared_with(name)])]
+        if settings[0] == settings[1]:
+            costs[name] = 1.0
+        for entry in entries:
+            if entry["settings"] == settings:
+                costs[name] = entry["times"]
+    return costs
+
+
+def at_equal_time(study: Study, costs: dict[str, float]) -> Study:
+    """The study with the arms of equal time cut to the steps that the time of the other arm buys.
+
+    Raises:
+        StudyError: if the cost of such an arm has not been measured.
+    """
+    arms = dict(study.arms)
+    for name, arm in study.arms.items():
+        if arm.equal_time:
+            if name not in costs:
+                raise StudyError(
+                    f"arm {name!r}: equal_time must have a measured cost, and cost.json has none for these settings. "
+                    "Run with --measure-cost first, on a quiet machine."
+                )
+            steps = study.arms[study.compared_with(name)].steps
+            arms[name] = dataclasses.replace(arm, steps=max(1, round(steps / costs[name])))
+    return dataclasses.replace(study, arms=arms)

@@ -1,0 +1,165 @@
+"""A study's results as a summary, a table and two pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.study.config import Study
+from benchmarks.study.runs import Results
+from benchmarks.study.statistics import T_QUANTILES, estimate, paired_difference
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SEPARATES, DOES_NOT = "#1f6fb2", "#9a9a9a"
+LINEAR = 0.01
+
+
+def summarize(study: Study, results: Results, costs: Mapping[str, float], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that tables and pictures are made of, as JSON; losses are held-out, in nats per token."""
+    finals = {name: {seed: run["final_loss"] for seed, run in runs.items()} for name, runs in results.items()}
+    arms: dict[str, Any] = {}
+    for name, runs in results.items():
+        other = study.compared_with(name)
+        difference = None if other == name else paired_difference(finals[name], finals[other])
+        some = next(iter(runs.values()))
+        arms[name] = {
+            "settings": some["settings"],
+            "initial_loss": estimate([run["initial_loss"] for run in runs.values()]).mean,
+            "final_loss": estimate(list(finals[name].values()))._asdict(),
+            "bits_per_byte": estimate([run["bits_per_byte"] for run in runs.values()])._asdict(),
+            "against": None if difference is None else other,
+            "difference": None if difference is None else difference._asdict(),
+            "separates": None if difference is None else difference.separates,
+            "trainable": some["trainable"],
+            "added": some["added"],
+            "seconds_per_step": estimate([run["seconds_per_step"] for run in runs.values()]).mean,
+            "cost": costs.get(name),
+            "losses": {str(seed): loss for seed, loss in finals[name].items()},
+            "curve": _curve(runs, results[other]),
+        }
+    return {"title": study.title, "reference": study.reference, "machine": dict(about), "arms": arms}
+
+
+def _curve(runs: Mapping[int, Any], others: Mapping[int, Any]) -> dict[str, list[Any]]:
+    """The loss and the paired difference at every evaluation; none where the other arm was not evaluated."""
+    rows: dict[str, list[Any]] = {"steps": [], "loss": [], "difference": []}
+    for step in dict(next(iter(runs.values()))["curve"]):
+        here, there = ({seed: dict(run["curve"]).get(step) for seed, run in arm.items()} for arm in (runs, others))
+        rows["steps"].append(step)
+        rows["loss"].append(estimate(list(here.values()))._asdict())
+        paired = None if None in there.values() else paired_difference(here, there)._asdict()
+        rows["difference"].append(paired)
+    return rows
+
+
+def half_width(numbers: Mapping[str, Any]) -> float:
+    """Half of the 95 % confidence interval of an estimate in a summary; 0 for a single seed."""
+    error = numbers["standard_error"]
+    return 0.0 if error is None else T_QUANTILES[numbers["seeds"] - 2] * error
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Markdown: one row per arm."""
+    rows = [_row(name, arm) for name, arm in summary["arms"].items()]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (rows[0], *(row.values() for row in rows))]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    seeds = max(arm["final_loss"]["seeds"] for arm in summary["arms"].values())
+    note = (
+        f"Held-out loss in nats per token, mean of {seeds} seeds and standard error. Difference: paired by seed; it "
+        "separates if it is larger than Student's t at 95 % times its standard error."
+    )
+    return "\n".join([f"### {summary['title']}", "", *lines, "", note])
+
+
+def _row(name: str, arm: Mapping[str, Any]) -> dict[str, str]:
+    difference, cost = arm["difference"], arm["cost"]
+    return {
+        "arm": name,
+        "steps": str(arm["settings"]["steps"]),
+        "trained": f"{arm['trainable']:,}",
+        "added": f"{arm['added']:,}",
+        "held-out loss": with_error(arm["final_loss"], ""),
+        "bits/byte": f"{arm['bits_per_byte']['mean']:.4f}",
+        "difference": "" if difference is None else with_error(difference, "+"),
+        "against": arm["against"] or "",
+        "separates": "" if difference is None else "yes" if arm["separates"] else "no",
+        "CPU s/step": f"{arm['seconds_per_step']:.3f}",
+        "cost": "" if cost is None else f"{cost:.2f}",
+    }
+
+
+def with_error(numbers: Mapping[str, Any], sign: str) -> str:
+    error = numbers["standard_error"]
+    return f"{numbers['mean']:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def draw_differences(summary: Mapping[str, Any], path: Path) -> None:
+    """A point per arm at its paired difference, with the 95 % interval; those that separate are coloured."""
+    from matplotlib.figure import Figure
+
+    arms = {name: arm for name, arm in summary["arms"].items() if arm["difference"] is not None}
+    if not arms:
+        return
+    figure = Figure(figsize=(8, 0.32 * len(arms) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="#555555", linewidth=0.8)
+    several = len({arm["against"] for arm in arms.values()}) > 1
+    labels = []
+    for row, (name, arm) in enumerate(arms.items()):
+        colour = SEPARATES if arm["separates"] else DOES_NOT
+        mean, width = arm["difference"]["mean"], half_width(arm["difference"])
+        axes.errorbar(mean, row, xerr=width, fmt="o", color=colour, capsize=3, markersize=5)
+        labels.append(f"{name}  (against {arm['against']})" if several else name)
+    axes.set_yticks(range(len(arms)), labels)
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="#e0e0e0", linewidth=0.6)
+    axes.set_axisbelow(True)
+    other = "the other arm" if several else next(iter(arms.values()))["against"]
+    # Small differences and large ones in one picture: linear up to LINEAR, logarithmic beyond.
+    axes.set_xscale("symlog", linthresh=LINEAR, linscale=2)
+    axes.tick_params(axis="x", labelsize=8)
+    figure.supxlabel(
+        f"held-out loss minus that of {other}, nats per token (logarithmic beyond {LINEAR})\n"
+        "95 % interval; blue separates, left is better",
+        fontsize=9,
+    )
+    figure.suptitle(summary["title"], fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(summary: Mapping[str, Any], names: list[str], path: Path) -> None:
+    """Over the steps: the mean held-out loss, and the mean paired difference; with bands of one standard error."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    losses, differences = panels = figure.subplots(1, 2)
+    palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    for index, name in enumerate(names):
+        arm, colour = summary["arms"][name], palette(index % palette.N)
+        _draw_curve(losses, arm["curve"]["steps"], arm["curve"]["loss"], colour, name)
+        if arm["against"] is not None:
+            _draw_curve(differences, arm["curve"]["steps"], arm["curve"]["difference"], colour, name)
+    losses.set_ylabel("held-out loss, nats per token")
+    # The start is far above the rest, and the interest is in the end.
+    losses.set_ylim(top=max(summary["arms"][name]["curve"]["loss"][1]["mean"] for name in names) + 0.02)
+    differences.set_ylabel("difference to the arm it is compared with")
+    differences.axhline(0, color="#555555", linewidth=0.8)
+    for panel in panels:
+        panel.set_xlabel("step")
+        panel.grid(color="#e0e0e0", linewidth=0.6)
+    losses.legend(fontsize=8, frameon=False)
+    figure.suptitle(summary["title"], fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_curve(panel: "Axes", steps: list[int], estimates: list[Any], colour: Any, label: str) -> None:
+    points = [(step, numbers) for step, numbers in zip(steps, estimates) if numbers is not None]
+    means = [numbers["mean"] for _, numbers in points]
+    errors = [numbers["standard_error"] or 0.0 for _, numbers in points]
+    where = [step for step, _ in points]
+    panel.plot(where, means, label=label, color=colour, linewidth=1.4)
+    low, high = ([mean + sign * error for mean, error in zip(means, errors)] for sign in (-1, 1))
+    panel.fill_between(where, low, high, color=colour, alpha=0.2, linewidth=0)

@@ -1,0 +1,162 @@
+"""The runs of a study: which are still to do, spread over processes, each result in a file of its own."""
+
+import json
+import multiprocessing
+import os
+import queue
+import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.study import training
+from benchmarks.study.config import Arm, Study
+from benchmarks.study.data import load_corpus
+
+
+Task = tuple[str, int]
+Results = dict[str, dict[int, dict[str, Any]]]
+# What a worker reports: arm, seed, steps done, loss in nats per token.
+News = tuple[str, int, int, float]
+POLL_SECONDS = 0.3
+
+
+def result_path(folder: Path, name: str, seed: int) -> Path:
+    return folder / "runs" / f"{name.replace(' ', '_')}-seed{seed}.json"
+
+
+def finished(folder: Path, name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
+    """The result of a run, if there is one with exactly these settings."""
+    path = result_path(folder, name, seed)
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["settings"] == arm.settings() else None
+
+
+def write_atomically(path: Path, content: Any) -> None:
+    """Writes JSON so that a file under this name is always a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def results(study: Study, folder: Path) -> Results:
+    """All finished runs, by arm and seed."""
+    found = {
+        name: {seed: finished(folder, name, arm, seed) for seed in study.seeds} for name, arm in study.arms.items()
+    }
+    return {name: {seed: run for seed, run in runs.items() if run is not None} for name, runs in found.items()}
+
+
+def execute(study: Study, folder: Path, shared: Path, workers: int) -> None:
+    """Does the runs that are not finished, seed by seed, so that an interrupted study has all arms of some seeds.
+
+    One worker is this process; more are processes of their own. Progress goes to stderr.
+    """
+    present = results(study, folder)
+    tasks = [(name, seed) for seed in study.seeds for name in study.arms if seed not in present[name]]
+    for name, _ in tasks:
+        load_corpus(study.arms[name], shared, folder / "tokens")
+    with Display(study, tasks) as display:
+        if workers == 1:
+            for name, seed in tasks:
+                train_and_save(study.arms[name], name, seed, folder, shared, display.update)
+        elif tasks:
+            _execute_in_processes(study, tasks, folder, shared, min(workers, len(tasks)), display)
+
+
+def train_and_save(arm: Arm, name: str, seed: int, folder: Path, shared: Path, report: Callable[[News], None]) -> None:
+    result = training.run(arm, seed, shared, folder / "tokens", lambda step, loss: report((name, seed, step, loss)))
+    write_atomically(result_path(folder, name, seed), result)
+
+
+def _execute_in_processes(
+    study: Study, tasks: list[Task], folder: Path, shared: Path, workers: int, display: "Display"
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    news = context.Queue()
+    with ProcessPoolExecutor(workers, context, _start_worker, (news,)) as pool:
+        waiting: set[Future[None]] = {
+            pool.submit(_work, study.arms[name], name, seed, folder, shared) for name, seed in tasks
+        }
+        try:
+            while waiting:
+                done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
+                _drain(news, display.update)
+                for future in done:
+                    future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        _drain(news, display.update)
+
+
+def _start_worker(news: Any) -> None:
+    quiet()
+    global _news
+    _news = news
+
+
+def _work(arm: Arm, name: str, seed: int, folder: Path, shared: Path) -> None:
+    train_and_save(arm, name, seed, folder, shared, _news.put)
+
+
+def quiet() -> None:
+    """Keeps transformers from drawing progress bars of its own into ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _drain(news: Any, handle: Callable[[News], None]) -> None:
+    while True:
+        try:
+            handle(news.get_nowait())
+        except queue.Empty:
+            return
+
+
+class Display:
+    """On stderr: steps done and left over all runs, the current loss, and a line for every run that ends."""
+
+    def __init__(self, study: Study, tasks: list[Task]):
+        self.study, self.done = study, dict.fromkeys(tasks, 0)
+        self.runs, self.all_runs = 0, len(tasks)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+        )
+        self.bar = self.progress.add_task(self._description(), total=sum(study.arms[name].steps for name, _ in tasks))
+
+    def __enter__(self) -> "Display":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def _description(self, loss: float | None = None) -> str:
+        current = "" if loss is None else f", loss {loss:.3f}"
+        return f"{self.runs}/{self.all_runs} runs{current}"
+
+    def update(self, news: News) -> None:
+        name, seed, step, loss = news
+        self.progress.advance(self.bar, step - self.done[name, seed])
+        self.done[name, seed] = step
+        if step == self.study.arms[name].steps:
+            self.runs += 1
+            self.progress.console.print(f"{self.runs}/{self.all_runs} {name}, seed {seed}: training loss {loss:.4f}")
+        self.progress.update(self.bar, description=self._description(loss))

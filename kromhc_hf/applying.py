@@ -1,0 +1,112 @@
+"""Hyper-connections on a live model: apply, has, remove."""
+
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .modeling.configuration_kromhc import KromHCConfig
+from .modeling.decoder_layer import HyperConnectedLayer, disconnect_layer
+from .modeling.layer_fit import check_own_forward
+from .modeling.modeling_kromhc import HyperConnectedModel, connect, plan_connections
+
+
+def apply_hyper_connections(
+    model: Any,
+    num_streams: int = 4,
+    variant: str = "kromhc",
+    *,
+    init: str = "identity",
+    readout: str = "mean",
+    dynamic: bool = True,
+    residual_logit: float = 4.0,
+    eps: float = 1e-6,
+    sinkhorn_iterations: int = 20,
+    stream_embedding: bool = False,
+) -> Any:
+    """Gives a loaded transformers model n residual streams, in place; with init "identity" its output stays the same.
+
+    Everything is checked first: when this raises, the model is what it was. The base parameters keep their names.
+    See `KromHCConfig` for the options.
+
+    Returns:
+        The same model object, now of the class with hyper-connections.
+
+    Raises:
+        ValueError: if the model already has hyper-connections, its family is not supported, or an option is wrong.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model must be a transformers model; got {type(model).__name__}. "
+            "Apply hyper-connections before wrapping the model (PEFT, torch.compile, FSDP)."
+        )
+    if has_hyper_connections(model):
+        raise ValueError(
+            f"{type(model).__name__} already has hyper-connections with num_streams={model.config.hc_num_streams}. "
+            "Call remove_hyper_connections(model) first."
+        )
+    plan = plan_connections(model)
+    plan.check()
+    config = KromHCConfig(
+        backbone_config=model.config,
+        hc_num_streams=num_streams,
+        hc_variant=variant,
+        hc_init=init,
+        hc_readout=readout,
+        hc_dynamic=dynamic,
+        hc_residual_logit=residual_logit,
+        hc_eps=eps,
+        hc_sinkhorn_iterations=sinkhorn_iterations,
+        hc_stream_embedding=stream_embedding,
+    )
+    replace_config(model, config)
+    connect(model, plan)
+    return model
+
+
+def has_hyper_connections(model: Any) -> bool:
+    """Whether a model has hyper-connections."""
+    return isinstance(model, HyperConnectedModel)
+
+
+def remove_hyper_connections(model: Any) -> Any:
+    """Undoes `apply_hyper_connections`, in place: original classes, configuration and state-dict keys.
+
+    What training has changed in the base parameters stays; what the hyper-connections learned is dropped.
+
+    Returns:
+        The same model object, now of the family's own class.
+
+    Raises:
+        ValueError: if the model has no hyper-connections.
+    """
+    if not has_hyper_connections(model):
+        raise ValueError(f"model must have hyper-connections to remove; got {type(model).__name__} without them.")
+    plan = plan_connections(model)
+    for position, layer in enumerate(plan.layers):
+        check_own_forward(layer, position)
+        if not isinstance(layer, HyperConnectedLayer):
+            raise ValueError(
+                f"every decoder layer must have hyper-connections to remove; got layer {position} "
+                f"({type(layer).__name__}) without. They were removed from a part of the model; reload it."
+            )
+    layer_names = {type(layer).__name__ for layer in plan.layers}
+    native_names = {layer.layer_class.__name__ for layer in plan.layers}  # type: ignore[union-attr]
+    replace_config(model, model.config.to_backbone_config())
+    for layer in plan.layers:
+        disconnect_layer(layer)
+    for owner in plan.owners:
+        owner.__class__ = owner.backbone_class
+        _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
+        owner._no_split_modules = set(owner._no_split_modules) - layer_names | native_names
+        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - plan.names
+    return model
+
+
+def replace_config(model: Any, config: Any) -> None:
+    """Puts `config` wherever the model and its modules hold their present one, so that they go on sharing it."""
+    present = model.config
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if value is present:
+                setattr(module, name, config)

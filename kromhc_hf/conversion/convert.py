@@ -1,0 +1,179 @@
+"""A checkpoint with hyper-connections from one without: the base tensors stay as they are, a small file is added."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..modeling.configuration_kromhc import KromHCConfig
+from ..modeling.hyper_connection import Float32Module
+from ..modeling.model_card import model_card
+from .base import base_config, base_weights, bring_base, check_space, check_unchanged, fingerprints, origin_of
+from .disk import check_link, new_folder
+from .files import CARD, WEIGHTS, WEIGHTS_INDEX, companion_files, read_json, resolve_source, write_json
+from .report import ConversionReport
+from .tensor_files import TensorForm, write_safetensors
+from .verification import verify_conversion
+
+
+HYPER_CONNECTIONS = "kromhc.safetensors"
+OWN_INDEX = "kromhc.safetensors.index.json"
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    num_streams: int = 4,
+    variant: str = "kromhc",
+    init: str = "identity",
+    readout: str = "mean",
+    dynamic: bool = True,
+    residual_logit: float = 4.0,
+    eps: float = 1e-6,
+    sinkhorn_iterations: int = 20,
+    stream_embedding: bool = False,
+    revision: str | None = None,
+    link: str = "copy",
+    base_model: str | None = None,
+    verify: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ConversionReport:
+    """Writes a checkpoint with n residual streams from a checkpoint without; no base tensor is loaded or rewritten.
+
+    The destination holds the base's weight files as they are, one small file with the hyper-connections, the index
+    that joins them, the configuration with the code files that load it anywhere, a model card, and the tokenizer and
+    generation files. It appears in one piece or not at all, and the source is only read. Older `.bin` weights are
+    rewritten as safetensors, shard by shard.
+
+    Args:
+        source: folder of the base checkpoint, or its Hub id.
+        destination: folder to make; must not exist or be empty.
+        num_streams, variant, init, readout, dynamic, residual_logit, eps: see `KromHCConfig`.
+        sinkhorn_iterations, stream_embedding: likewise.
+        revision: of the Hub repository.
+        link: how the base's weight files get into the destination: "copy"; "hardlink" or "symlink", which take no
+            space and no time; or "reflink-if-possible", a copy that shares its blocks where the file system can.
+        base_model: Hub id of the base for the model card, where the source is a folder that does not tell.
+        verify: whether to run base and converted model before the destination appears, see `verify_conversion`.
+        progress: called with the bytes done so far and in all.
+
+    Raises:
+        FileNotFoundError: if the source does not exist or has no weights.
+        FileExistsError: if the destination is not empty, or being made by another process.
+        OSError: if the destination cannot be written, or not in the way that `link` says.
+        ValueError: if the family or an option is not supported, the source is damaged, changes meanwhile, names code
+            of another repository, or has been converted already.
+    """
+    check_link(link)
+    folder, destination = resolve_source(source, revision), Path(destination)
+    before = fingerprints(folder)
+    raw = base_config(folder)
+    config: Any = KromHCConfig(
+        backbone_config=AutoConfig.from_pretrained(folder),
+        hc_num_streams=num_streams,
+        hc_variant=variant,
+        hc_init=init,
+        hc_readout=readout,
+        hc_dynamic=dynamic,
+        hc_residual_logit=residual_logit,
+        hc_eps=eps,
+        hc_sinkhorn_iterations=sinkhorn_iterations,
+        hc_stream_embedding=stream_embedding,
+    )
+    config.hc_conversion = origin_of(source, folder, base_model)
+    base = base_weights(folder, raw)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    added = added_tensors(model)
+    used = [folder / "config.json", *(folder / name for name in base.files), *companion_files(folder)]
+    with new_folder(destination) as target:
+        check_space(destination, [] if link in ("hardlink", "symlink") and not base.pickled else used)
+        base = bring_base(folder, target, base, link, progress)
+        check_unchanged(before, used)
+        if added:
+            write_safetensors(target / HYPER_CONNECTIONS, added, initial_tensors(model))
+        _write_index(target, config, base.map, added)
+        (target / CARD).write_text(model_card(config, destination.name), encoding="utf-8")
+        report = ConversionReport(
+            source=str(source),
+            destination=str(destination),
+            model_type=config.model_type,
+            num_streams=num_streams,
+            variant=variant,
+            init=init,
+            base_tensors=len(base.map),
+            added_parameters=sum(torch.Size(form.shape).numel() for form in added.values()),
+            added_bytes=sum(form.nbytes for form in added.values()),
+        )
+        if verify:
+            report = verify_conversion(folder, target, report=report)
+            record_verification(target, report, destination.name)
+        check_unchanged(before, used)
+    return report
+
+
+def added_tensors(model: torch.nn.Module) -> dict[str, TensorForm]:
+    """What the conversion adds to a model, by state-dict key; the model may be on the meta device."""
+    return {
+        f"{name}.{key}": TensorForm.of(tensor)
+        for name, module in _added_modules(model)
+        for key, tensor in module.state_dict().items()
+    }
+
+
+def initial_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The initial values of `added_tensors`, for a model on the meta device; each is gone when the next one comes."""
+    sizes = [sum(tensor.numel() for tensor in module.state_dict().values()) for _, module in _added_modules(model)]
+    # All in the same memory: what is allocated and freed once per module fragments the heap and is never given back.
+    memory = torch.empty(max(sizes, default=0), dtype=torch.float32)
+    for name, module in _added_modules(model):
+        place(module, memory).reset_parameters()
+        yield from ((f"{name}.{key}", tensor) for key, tensor in module.state_dict().items())
+        module.to_empty(device="meta")
+
+
+def place(module: Float32Module, memory: Tensor) -> Float32Module:
+    """Puts the parameters of a module one after the other into `memory` `[N]`, uninitialised."""
+    begin = 0
+
+    def view(tensor: Tensor) -> Tensor:
+        nonlocal begin
+        begin += tensor.numel()
+        return memory[begin - tensor.numel() : begin].view(tensor.shape)
+
+    module._apply(view)
+    return module
+
+
+def record_verification(folder: Path, report: ConversionReport, name: str) -> None:
+    """Writes what a verification found into the configuration and the model card of a converted checkpoint."""
+    numbers = ["dtype", "tokens", "text", "bitwise_equal", "max_logit_difference", "max_logit", "mean_kl"]
+    numbers += ["top1_agreement", "lossless"]
+    content = read_json(folder / "config.json")
+    content["hc_conversion"]["verification"] = {number: getattr(report, number) for number in numbers}
+    write_json(folder / "config.json", content)
+    (folder / CARD).write_text(model_card(KromHCConfig.from_dict(content), name), encoding="utf-8")
+
+
+def _added_modules(model: torch.nn.Module) -> Iterator[tuple[str, Float32Module]]:
+    """Hyper-connections, and learned ends of the streams where there are any."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Float32Module))
+
+
+def _write_index(target: Path, config: Any, base_map: dict[str, str], added: dict[str, TensorForm]) -> None:
+    config.save_pretrained(target)
+    content = read_json(target / "config.json")
+    index_name = WEIGHTS_INDEX
+    if set(base_map.values()) == {WEIGHTS}:
+        # transformers prefers model.safetensors to any index that is not named in the configuration.
+        index_name = content["transformers_weights"] = OWN_INDEX
+        write_json(target / "config.json", content)
+    files = {path.name: path.stat().st_size for path in target.glob("*.safetensors")}
+    names = {**base_map, **dict.fromkeys(added, HYPER_CONNECTIONS)}
+    write_json(target / index_name, {"metadata": {"total_size": sum(files.values())}, "weight_map": names})

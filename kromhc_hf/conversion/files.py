@@ -1,0 +1,176 @@
+"""Checkpoint folders: which files hold the weights, what is in them, and which others travel with them."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from .tensor_files import PICKLED_INDEX, PICKLED_WEIGHTS
+
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+CARD = "README.md"
+COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe")
+COMPANION_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
+COMPANION_FOLDERS = ("additional_chat_templates",)
+
+
+def resolve_source(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `source` itself if it is one, else the downloaded snapshot of that Hub id.
+
+    Raises:
+        FileNotFoundError: if it is neither a folder nor a repository that can be read.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"source must be a folder or a Hub id; got the file {folder}. Give its folder.")
+    try:
+        return _download(str(source), revision)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"source must be an existing folder or a Hub id that can be read; got {str(source)!r} ({reason}). "
+            "Check the path, or the id and your network and token."
+        ) from error
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    patterns = [f"*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES)]
+    patterns += [f"{prefix}*" for prefix in (*COMPANION_PREFIXES, CARD)]
+    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    if any(folder.glob("*.safetensors")):
+        return folder
+    # From one state of the repository, whatever is pushed to it meanwhile.
+    return Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: if it does not hold one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be a JSON file; {error}. Fetch the file again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}. Fetch the file again.")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def weight_map(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Which file holds which tensor, from the safetensors headers alone: `{tensor name: file name}`.
+
+    Every file is checked to be complete, and an index to agree with the files it names.
+
+    Raises:
+        FileNotFoundError: if the folder has no safetensors weights, or not all that its index names.
+        ValueError: if a file is damaged, or does not hold what the index says.
+    """
+    name = config.get("transformers_weights") or (WEIGHTS if (folder / WEIGHTS).is_file() else WEIGHTS_INDEX)
+    if Path(name).name != name:
+        raise ValueError(
+            f"transformers_weights must name a file inside the checkpoint; got {name!r}. Correct config.json."
+        )
+    if not (folder / name).is_file():
+        raise FileNotFoundError(
+            f"source must hold safetensors weights ({WEIGHTS} or {WEIGHTS_INDEX}), or older ones ({PICKLED_WEIGHTS} or "
+            f"{PICKLED_INDEX}); {folder} has no {name}. Save the model with save_pretrained first."
+        )
+    if not name.endswith(".index.json"):
+        return dict.fromkeys(tensor_names(folder / name), name)
+    indexed = read_index(folder / name)
+    for shard in sorted(set(indexed.values())):
+        check_shard(folder / name, indexed, shard, tensor_names(folder / shard))
+    return indexed
+
+
+def pickled_weights(folder: Path, config: dict[str, Any]) -> tuple[list[str], dict[str, str]] | None:
+    """The `.bin` files of a checkpoint without safetensors, and what its index says is in them.
+
+    None if there are safetensors, or no weights at all.
+    """
+    if "transformers_weights" in config or any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        return None
+    if (folder / PICKLED_WEIGHTS).is_file():
+        return [PICKLED_WEIGHTS], {}
+    if (folder / PICKLED_INDEX).is_file():
+        indexed = read_index(folder / PICKLED_INDEX)
+        return sorted(set(indexed.values())), indexed
+    return None
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of an index file, `{tensor name: file name}`, with all its files present beside it.
+
+    Raises:
+        FileNotFoundError: if one of them is missing.
+        ValueError: if there is no weight map.
+    """
+    indexed = read_json(path).get("weight_map")
+    if not isinstance(indexed, dict) or not indexed:
+        raise ValueError(f"{path} must have a non-empty weight_map; got {indexed!r}. Fetch the file again.")
+    for shard in sorted(set(indexed.values())):
+        if Path(shard).name != shard or not (path.parent / shard).is_file():
+            raise FileNotFoundError(
+                f"{path.name} names the file {shard!r}, which {path.parent} does not have. Fetch it."
+            )
+    return indexed
+
+
+def check_shard(index: Path, indexed: dict[str, str], shard: str, names: Iterable[str]) -> None:
+    """Refuses a shard that does not hold what its index says.
+
+    Raises:
+        ValueError: naming the first tensor that is missing.
+    """
+    missing = {tensor for tensor, file in indexed.items() if file == shard} - set(names)
+    if missing:
+        raise ValueError(
+            f"{index.parent / shard} must hold {sorted(missing)[0]!r} according to {index.name}; it does not. "
+            "Fetch both files again."
+        )
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of the tensors in a safetensors file; reads the header only.
+
+    Raises:
+        ValueError: if the file is truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a complete safetensors file; {error}. Fetch the file again.") from error
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """The files that travel with the weights: tokenizer, generation settings, chat templates, licence."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name in COMPANION_FOLDERS:
+            yield path
+        elif path.is_file() and not path.name.endswith(".index.json") and path.name != "config.json":
+            if path.suffix in COMPANION_SUFFIXES or path.name.startswith(COMPANION_PREFIXES):
+                yield path
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """The files of `companions`, folders opened up."""
+    found: list[Path] = []
+    for companion in companions(folder):
+        found += [companion] if companion.is_file() else sorted(path for path in companion.rglob("*") if path.is_file())
+    return found

@@ -1,0 +1,120 @@
+"""Uploads of converted checkpoints to the Hub, in one commit, with their model card."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from ..modeling.configuration_kromhc import PREFIX, KromHCConfig
+from ..modeling.model_card import model_card
+from .files import CARD, read_json
+
+
+def push_checkpoint(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload model with hyper-connections",
+) -> str:
+    """Uploads a converted checkpoint to the Hub as it is, without loading it, and returns the address of the commit.
+
+    The repository is made if it does not exist. Everything appears in one commit. Files that the Hub already has are
+    not sent again, so after an interruption the same call goes on where the last one stopped.
+
+    Args:
+        folder: what `convert_checkpoint` or `save_pretrained` wrote.
+        repo_id: "USER/NAME".
+        private: whether a new repository is private.
+        revision: branch to commit to; made if it does not exist.
+        token: of the Hub; by default the one of `hf auth login`.
+
+    Raises:
+        ValueError: if the folder is not a checkpoint with hyper-connections.
+        OSError: if the Hub refuses the token or the repository, or the connection breaks.
+    """
+    folder = Path(folder)
+    content = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not str(content.get("model_type")).startswith(PREFIX):
+        raise ValueError(
+            f"folder must hold a checkpoint with hyper-connections; {folder} has model_type "
+            f"{content.get('model_type')!r}. Convert it first: kromhc convert {folder} DESTINATION."
+        )
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD)
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
+    operations.append(CommitOperationAdd(CARD, _card(folder, KromHCConfig.from_dict(content), repo_id).encode()))
+    return upload(operations, repo_id, private, revision, token, commit_message)
+
+
+# The name that it had first.
+push_folder = push_checkpoint
+
+
+def upload(
+    operations: list[CommitOperationAdd],
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    token: str | bool | None,
+    commit_message: str,
+) -> str:
+    """Makes the repository if need be and commits the operations to it; returns the address of the commit.
+
+    Raises:
+        OSError: if the Hub refuses the token or the repository, or the connection breaks.
+    """
+    api = HfApi(token=token)
+    with _explained(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url
+
+
+def check_push(repo_id: str, token: str | bool | None = None) -> None:
+    """Refuses, before any work is done, an upload for which there is no valid id or token.
+
+    Raises:
+        ValueError: if `repo_id` is not USER/NAME.
+        OSError: if the Hub refuses the token, or cannot be reached.
+    """
+    with _explained(repo_id):
+        validate_repo_id(repo_id)
+        HfApi(token=token).whoami()
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Errors of the client, with the rule and the way out."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"the repository must be USER/NAME; got {repo_id!r} ({error}).") from error
+    except (HTTPError, RuntimeError, OSError) as error:  # what happens to one file comes wrapped in a RuntimeError
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+            answer = f"the Hub answered {status}" if status else "there is none"
+            raise PermissionError(
+                f"the token must be allowed to write to {repo_id!r}; {answer}. "
+                "Log in with a token that has write access: hf auth login."
+            ) from error
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise ConnectionError(
+            f"the upload to {repo_id!r} did not finish ({reason[0] if reason else type(error).__name__}); nothing was "
+            "committed. Push the folder again (kromhc push): files that have arrived are not sent a second time."
+        ) from error
+
+
+def _card(folder: Path, config: KromHCConfig, repo_id: str) -> str:
+    """The model card of the folder; the one that the conversion wrote gets the id of the repository."""
+    path = folder / CARD
+    present = path.read_text(encoding="utf-8") if path.is_file() else None
+    if present is None or present == model_card(config, folder.name):
+        return model_card(config, repo_id)
+    return present

@@ -1,0 +1,222 @@
+"""Hyper-connections without their base model: one small file that says which base it belongs to."""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitOperationAdd, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils.hub import resolve_revision
+
+from ..applying import apply_hyper_connections, has_hyper_connections
+from ..modeling.configuration_kromhc import FIELDS
+from ..modeling.model_card import model_card
+from ..training import hyper_connection_state_dict
+from .files import CARD, read_json
+from .hub import upload
+
+
+FILE = "hyper_connections.safetensors"
+DESCRIPTION = "kromhc"
+
+
+def save_hyper_connections(
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+) -> Path:
+    """Saves the hyper-connections of a model alone, with the id and revision of the base that they belong to.
+
+    The base's own parameters must be those of the base checkpoint, as they are with `freeze_backbone`; they are not
+    saved. `load_hyper_connections(folder)` makes the model again.
+
+    Args:
+        model: a model with hyper-connections.
+        folder: where `hyper_connections.safetensors` and a model card are written.
+        base_model: Hub id or folder of the base; by default where the model says that it comes from.
+        base_revision: commit of the base; by default the one that its main branch has now, None for a folder.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: if the model has no hyper-connections, or its base is not known.
+    """
+    metadata, card = _description(model, base_model, base_revision, Path(folder).name)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / FILE
+    save_file(_tensors(model), path, metadata=metadata)
+    (Path(folder) / CARD).write_text(card, encoding="utf-8")
+    return path
+
+
+def push_hyper_connections(
+    model: Any,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload hyper-connections",
+) -> str:
+    """Uploads the hyper-connections of a model alone, see `save_hyper_connections` and `push_checkpoint`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: if the model has no hyper-connections, or its base is not known or only a folder here.
+        OSError: if the Hub refuses the token or the repository, or the connection breaks.
+    """
+    metadata, card = _description(model, base_model, base_revision, repo_id)
+    base = json.loads(metadata[DESCRIPTION])["base_model"]
+    if Path(base).is_dir():
+        raise ValueError(
+            f"base_model must be a Hub id, since others do not have the folder; got {base!r}. "
+            "Push the base too, or give its id: base_model='ORG/NAME'."
+        )
+    operations = [
+        CommitOperationAdd(FILE, save(_tensors(model), metadata=metadata)),
+        CommitOperationAdd(CARD, card.encode()),
+    ]
+    return upload(operations, repo_id, private, revision, token, commit_message)
+
+
+def load_hyper_connections(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Loads a base model and the hyper-connections that `source` holds for it.
+
+    Args:
+        source: folder, file or Hub id with what `save_hyper_connections` or `push_hyper_connections` wrote.
+        revision: of the repository with the hyper-connections.
+        base_model: where to load the base from instead of the id that the file names.
+        token: of the Hub.
+        **kwargs: for `AutoModelForCausalLM.from_pretrained` of the base, such as `dtype`.
+
+    Returns:
+        The model with hyper-connections.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, or does not fit the base.
+        OSError: if the base cannot be loaded.
+    """
+    path = _find(source, revision, token)
+    description, tensors = _read(path)
+    base_revision = description["base_revision"] if base_model is None else None
+    base = description["base_model"] if base_model is None else base_model
+    model: Any = AutoModelForCausalLM.from_pretrained(base, revision=base_revision, token=token, **kwargs)
+    if model.config.model_type != description["model_type"]:
+        raise ValueError(
+            f"base_model must be of model_type {description['model_type']!r}, for which the hyper-connections in "
+            f"{path} were made; {base} is {model.config.model_type!r}."
+        )
+    apply_hyper_connections(model, **description["options"])
+    expected = hyper_connection_state_dict(model)
+    for name in sorted(expected.keys() | tensors.keys()):
+        found, wanted = (list(t[name].shape) if name in t else None for t in (tensors, expected))
+        if found != wanted:
+            raise ValueError(
+                f"{path} must hold {name!r} with shape {wanted}, to fit {base}; got {found}. "
+                "Give the base that it was made for with base_model=..."
+            )
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in hyper_connection_state_dict(model).items()}
+
+
+def _description(
+    model: Any, base_model: str | None, base_revision: str | None, name: str
+) -> tuple[dict[str, str], str]:
+    """The metadata of the file and the text of the model card."""
+    if not has_hyper_connections(model):
+        raise ValueError(
+            f"model must have hyper-connections; got {type(model).__name__} without them. "
+            "Call apply_hyper_connections(model, num_streams=4) first."
+        )
+    config = copy.copy(model.config)
+    origin = getattr(config, "hc_conversion", None)
+    if base_model is None and origin is None:
+        base_model = config.name_or_path
+    elif base_model is None and origin is not None:
+        base_model, base_revision = origin.get("base_model"), base_revision or origin.get("base_revision")
+    model_type = config.backbone_config_class.model_type
+    if not base_model or not _may_be_base(Path(base_model), model_type):
+        raise ValueError(
+            f"base_model must be the Hub id or folder of a base checkpoint of model_type {model_type!r}; got "
+            f"{base_model!r}, which the model says it comes from. Give it: base_model='ORG/NAME'."
+        )
+    is_folder = Path(base_model).is_dir()
+    if base_revision is None and not is_folder:
+        base_revision = getattr(resolve_revision(base_model), "resolved", None)
+    description = {
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "model_type": model_type,
+        "options": {field.removeprefix("hc_"): getattr(config, field) for field in FIELDS},
+    }
+    known = {} if is_folder else {"base_model": base_model, "base_revision": base_revision}
+    config.hc_conversion = {"license": (origin or {}).get("license"), **known}
+    return {"format": "pt", DESCRIPTION: json.dumps(description)}, model_card(config, name, weights="hyper-connections")
+
+
+def _may_be_base(folder: Path, model_type: str) -> bool:
+    """False for the folder of another kind of model; what an id stands for is seen when it is loaded."""
+    return not folder.is_dir() or read_json(folder / "config.json").get("model_type") == model_type
+
+
+def _find(source: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+    path = Path(source)
+    path = path / FILE if path.is_dir() else path
+    if path.is_file():
+        return path
+    try:
+        validate_repo_id(str(source))
+        return Path(hf_hub_download(str(source), FILE, revision=revision, token=token))
+    except (HFValidationError, HfHubHTTPError, EntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"source must be a folder or Hub id with {FILE}; got {str(source)!r} ({str(error).splitlines()[0]}). "
+            "Check the path, or the id and your network and token."
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the file says about its base, and its tensors.
+
+    Raises:
+        ValueError: if it is damaged or was not written by this package.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            description = json.loads((file.metadata() or {}).get(DESCRIPTION, "null"))
+            tensors = {name: file.get_tensor(name).to(torch.float32) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} must be a complete safetensors file; {error}. Fetch the file again.") from error
+    fields = {field.removeprefix("hc_") for field in FIELDS}
+    if not isinstance(description, dict) or not set(description.get("options", "?")) <= fields:
+        raise ValueError(
+            f"{path} must say which base and options it belongs to, as save_hyper_connections writes it; "
+            f"got {description!r}. Save it again with save_hyper_connections."
+        )
+    return description, tensors

@@ -1,0 +1,1 @@
+"""What the streams do: recorded, counted, drawn."""

@@ -1,0 +1,101 @@
+"""What the streams do: recording the mappings of a live model, and statistics of them as pure functions."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling.decoder_layer import HyperConnectedLayer
+
+
+class BranchRecord(NamedTuple):
+    """The mappings of one residual branch and the streams that they were computed from."""
+
+    h_pre: Tensor  # [B, S, n]
+    h_post: Tensor  # [B, S, n]
+    h_res: Tensor  # [B, S, n, n]
+    streams: Tensor  # [B, S, n, C]
+
+
+def branches(model: nn.Module) -> dict[str, nn.Module]:
+    """The hyper-connections of a model in the order of the branches, under names such as `layers.0.attn_hc`.
+
+    The name is the path from the innermost model that holds the layers, the same under any wrapper.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    found = {
+        ".".join([*path.split(".")[-2:], name]): getattr(layer, name)
+        for path, layer in model.named_modules()
+        if isinstance(layer, HyperConnectedLayer)
+        for name in layer.spec.names
+    }
+    if not found:
+        raise ValueError(
+            f"model must have hyper-connections; got {type(model).__name__} without them. "
+            "Call apply_hyper_connections(model, num_streams=4) first."
+        )
+    return found
+
+
+@contextmanager
+def record_mappings(
+    model: nn.Module, input_ids: Tensor | None = None, *, max_tokens: int | None = None, append: bool = False
+) -> Iterator[dict[str, BranchRecord]]:
+    """Records the mappings and the streams of every branch while the model runs inside the `with` block.
+
+        with record_mappings(model, input_ids) as records:
+            records["layers.0.attn_hc"].h_res  # [B, S, n, n]
+
+    Nothing the model computes changes, gradients and checkpointed layers included, and outside of the block nothing is
+    left in the model. The recording is done by hooks, which a compiled graph cannot see, so models compiled with
+    `torch.compile` run eagerly inside the block, the same numbers up to the compiler's rounding.
+
+    Args:
+        model: a model with hyper-connections, wrapped or not.
+        input_ids: `[B, S]`, to run the model on right away, without gradients and in its present mode; by default it
+            is run inside the block, and as often as you like.
+        max_tokens: take only the first tokens of the first sequence, which bounds memory and time.
+        append: join the tokens of all forwards, as `generate` with a cache makes them; by default every forward
+            replaces the record of the one before.
+
+    Yields:
+        The records by branch name, in the order of the branches; empty until the model has run.
+
+    Raises:
+        ValueError: if the model has no hyper-connections, or a forward to append to the records has gradients.
+    """
+    records: dict[str, BranchRecord] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: Any, args: tuple[Tensor, ...]) -> None:
+            # A checkpointed layer runs once more in the backward pass and would be appended twice.
+            if append and torch.is_grad_enabled():
+                raise ValueError(
+                    "append=True must be used without gradients; got a forward that records them. "
+                    "Use generate or torch.no_grad()."
+                )
+            streams = args[0].detach()
+            streams = streams if max_tokens is None else streams[:1, :max_tokens]
+            with torch.no_grad():
+                latest = BranchRecord._make((*module.mappings(streams), streams))
+                if append and name in records:
+                    pairs = zip(records[name], latest)
+                    latest = BranchRecord._make(torch.cat(pair, dim=1)[:, :max_tokens] for pair in pairs)
+            records[name] = latest
+
+        return record
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in branches(model).items()]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            if input_ids is not None:
+                with torch.no_grad():
+                    model(input_ids=input_ids)
+            yield records
+    finally:
+        for handle in handles:
+            handle.remove()

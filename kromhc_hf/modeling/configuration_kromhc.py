@@ -1,0 +1,224 @@
+"""KromHCConfig: the configuration of a backbone family with the hyper-connection fields beside its own.
+
+For each family one class is made on demand, for example `KromHCLlamaConfig(KromHCConfig, LlamaConfig)` with
+`model_type = "kromhc_llama"`. It is flat: everything that reads a `LlamaConfig` reads it unchanged.
+"""
+
+import copy
+import os
+from collections.abc import Callable
+from math import isfinite
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+from .foreign_code import check_own_config
+from .hyper_connection import check_init
+from .layer_fit import check_model_type, supported_model_types
+from .remote_code import Shareable, auto_map, write_code
+from .variants import make_mixing
+
+
+PREFIX = "kromhc_"
+
+FIELDS: dict[str, tuple[type, Any]] = {
+    "hc_num_streams": (int, 4),
+    "hc_variant": (str, "kromhc"),
+    "hc_init": (str, "identity"),
+    "hc_readout": (str, "mean"),
+    "hc_dynamic": (bool, True),
+    "hc_residual_logit": (float, 4.0),
+    "hc_eps": (float, 1e-6),
+    "hc_sinkhorn_iterations": (int, 20),
+    "hc_stream_embedding": (bool, False),
+}
+
+
+class KromHCConfig(Shareable):
+    """Configuration of a causal language model with hyper-connections.
+
+    `KromHCConfig(backbone_config=LlamaConfig(...), hc_num_streams=4)` returns a `KromHCLlamaConfig`: a `LlamaConfig`
+    with the fields below. Any field of the backbone may be given as well and overrides the one in `backbone_config`.
+
+    Args:
+        backbone_config: the configuration of a supported family; it is copied.
+        hc_num_streams: number n of residual streams.
+        hc_variant: parametrisation of the mixing matrix, see `kromhc_hf.mixing.VARIANTS`.
+        hc_init: "identity" (a pretrained model keeps its function) or "paper" (training from scratch).
+        hc_readout: how the streams are joined: "mean" or "sum" before the final norm, "norm_sum" after it (the authors'
+            own models, which normalise each stream), or before it with learned weights
+            "softmax" (per stream), "sigmoid" (predicted from all streams) or "attention" (one query).
+        hc_dynamic: whether the mappings depend on the token.
+        hc_residual_logit: how strongly mixing leans towards the identity at the identity init.
+        hc_eps: added to the mean square in the norm of the hyper-connections.
+        hc_sinkhorn_iterations: iterations of variant "mhc".
+        hc_stream_embedding: whether each stream gets a learned embedding where the streams are made, zero at first.
+
+    Raises:
+        ValueError: for an unsupported family or a field value that is not allowed.
+    """
+
+    backbone_config_class: ClassVar[type[PreTrainedConfig]]
+    # Called with every config class that is made; the package registers the Auto classes this way, while a copy of
+    # this file on the Hub registers nothing.
+    on_new_class: ClassVar[list[Callable[[type["KromHCConfig"]], None]]] = []
+
+    def __new__(cls, *args: Any, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> "KromHCConfig":
+        if cls is KromHCConfig:
+            if backbone_config is None:
+                raise ValueError("KromHCConfig needs a backbone_config, for example backbone_config=LlamaConfig().")
+            cls = config_class(getattr(backbone_config, "model_type", type(backbone_config).__name__))
+        return super().__new__(cls)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Restores a configuration from `to_dict()`; its `model_type` says which family.
+
+        Raises:
+            ValueError: if the configuration is not one with hyper-connections, or names code outside this package.
+        """
+        if cls is not KromHCConfig:
+            check_own_config(config_dict)
+            restored = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+            # Overrides among the keyword arguments are set after construction.
+            (restored[0] if isinstance(restored, tuple) else restored).validate_hyper_connections()
+            return restored
+        model_type = config_dict.get("model_type", "")
+        if not model_type.startswith(PREFIX):
+            raise ValueError(
+                f"model_type must start with {PREFIX!r}; got {model_type!r}. "
+                "Convert the checkpoint first: kromhc convert SOURCE DESTINATION."
+            )
+        return config_class(model_type.removeprefix(PREFIX)).from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Loads `config.json` from a folder or the Hub."""
+        if cls is not KromHCConfig:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        config_dict, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Writes `config.json` and the code files that load it, and its models, where this package is not installed."""
+        self.auto_map = auto_map(type(self))
+        os.makedirs(save_directory, exist_ok=True)
+        write_code(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def to_backbone_config(self) -> PreTrainedConfig:
+        """The plain configuration of the family: the same values without the hyper-connection fields."""
+        return _recast(self, self.backbone_config_class)
+
+    def validate_hyper_connections(self) -> None:
+        """Refuses values that no model could be built from.
+
+        Raises:
+            ValueError: with the rule, the value and the way out.
+        """
+        for name, (kind, default) in FIELDS.items():
+            value = getattr(self, name)
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+                setattr(self, name, value)
+            if name != "hc_num_streams" and not isinstance(value, kind):
+                raise ValueError(f"{name} must be of type {kind.__name__}; got {value!r}. The default is {default!r}.")
+            elif kind is float and not isfinite(value):
+                raise ValueError(f"{name} must be finite; got {value!r}. The default is {default!r}.")
+        if self.hc_eps < 0:  # type: ignore[attr-defined]
+            raise ValueError(f"hc_eps must not be negative; got {self.hc_eps!r}. The default is 1e-6.")  # type: ignore[attr-defined]
+        make_mixing(self.hc_variant, self.hc_num_streams, self.hc_sinkhorn_iterations)  # type: ignore[attr-defined]
+        check_init(self.hc_init, self.hc_readout)  # type: ignore[attr-defined]
+
+
+def _recast(config: Any, target: type) -> Any:
+    """A deep copy of `config` as an instance of `target`; private state such as the attention choice comes along."""
+    recast = copy.deepcopy(config)
+    recast.__class__ = target
+    for name in FIELDS:
+        if issubclass(target, KromHCConfig):
+            vars(recast).setdefault(name, FIELDS[name][1])
+        else:
+            vars(recast).pop(name, None)
+    # These describe a file that was read or its repository, not the model.
+    for name in ("auto_map", "custom_pipelines", "transformers_weights", "hc_conversion"):
+        vars(recast).pop(name, None)
+    vars(recast).pop("model_type", None)  # reading a file leaves one on the instance, and it would hide the class's
+    recast.architectures = None
+    return recast
+
+
+_CLASSES: dict[str, type[KromHCConfig]] = {}
+
+
+def config_class(model_type: str) -> type[KromHCConfig]:
+    """The configuration class of a family, `config_class("llama")` -> `KromHCLlamaConfig`, made on first use.
+
+    Raises:
+        ValueError: if the family is not supported.
+    """
+    if model_type not in _CLASSES:
+        check_model_type(model_type)
+        _CLASSES[model_type] = _make_config_class(model_type)
+        for callback in KromHCConfig.on_new_class:
+            callback(_CLASSES[model_type])
+    return _CLASSES[model_type]
+
+
+def _make_config_class(model_type: str) -> type[KromHCConfig]:
+    backbone_class = CONFIG_MAPPING[model_type]
+    name = f"KromHC{backbone_class.__name__}"
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{backbone_class.__name__} with hyper-connections, see `KromHCConfig`.",
+        "__annotations__": {field: kind for field, (kind, _) in FIELDS.items()},
+        "model_type": PREFIX + model_type,
+        "backbone_config_class": backbone_class,
+        **{field: default for field, (_, default) in FIELDS.items()},
+    }
+    cls: Any = type(name, (KromHCConfig, backbone_class), namespace)
+    generated_init = cls.__init__
+
+    def __init__(self: Any, *, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
+        for key in kwargs:
+            known = key in FIELDS or key == "hc_conversion" or hasattr(backbone_class, key)
+            if key.startswith("hc_") and not known:
+                raise ValueError(f"{key} is not a field of {name}; the fields are {', '.join(FIELDS)}.")
+            # A file may hold any key, whoever writes code means ours.
+            if f"hc_{key}" in FIELDS and backbone_config is not None and not known:
+                raise ValueError(f"{key} must be given as hc_{key} in a configuration.")
+        if backbone_config is None:
+            generated_init(self, **kwargs)
+        elif backbone_config.model_type != backbone_class.model_type:
+            raise ValueError(
+                f"backbone_config of a {name} must be of model type {backbone_class.model_type!r}; "
+                f"got {backbone_config.model_type!r}. Use KromHCConfig(backbone_config=...)."
+            )
+        else:
+            vars(self).update(vars(_recast(backbone_config, cls)))
+            for key, value in kwargs.items():
+                setattr(self, key, value)
+            self.validate()
+        self.validate_hyper_connections()
+
+    cls.__init__ = __init__
+    return cls
+
+
+def config_class_named(name: str) -> type[KromHCConfig] | None:
+    """The configuration class of that name, made on first use; None if no family has one."""
+    for model_type in supported_model_types():
+        if name == f"KromHC{CONFIG_MAPPING_NAMES[model_type]}":
+            return config_class(model_type)
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    # Pickle looks a generated class up by name.
+    found = config_class_named(name)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

@@ -1,0 +1,239 @@
+"""The one decoder layer forward that serves every family, and the classes generated from it."""
+
+import functools
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .hyper_connection import HyperConnection, expand, readout
+from .kernels import UnwrittenStreams
+from .layer_spec import LayerSpec, Step, Sublayer, attribute, forward_parameters
+from .stream_ends import LEARNED_READOUTS, StreamExpansion, StreamReadout
+
+
+# Beside the hyper-connections, where the streams begin and end in a learned way: on the first and on the last layer.
+END_NAMES = ("expand_hc", "readout_hc")
+
+
+class Arguments(NamedTuple):
+    """Which arguments of a layer reach one of its sublayers."""
+
+    names: tuple[tuple[str, str], ...]  # of the layer, of the sublayer
+    layer_names: frozenset[str]  # what the layer's own forward names
+    others: bool  # whether the sublayer takes what the layer does not name
+
+    def select(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        selected = {new: kwargs[name] for name, new in self.names if name in kwargs}
+        if self.others:
+            selected.update((name, value) for name, value in kwargs.items() if name not in self.layer_names)
+        return selected
+
+
+class HyperConnectedLayer(nn.Module):
+    """Mixed in front of a family's decoder layer: runs its sublayers between reads from and writes to the streams.
+
+    The first layer expands `[B, S, C]` to streams `[B, S, n, C]`, the last one that runs reads them out again, and in
+    between the hidden states that the model passes from layer to layer are the streams.
+    """
+
+    layer_class: ClassVar[type[nn.Module]]
+    spec: ClassVar[LayerSpec]
+    positional_names: ClassVar[tuple[str, ...]]
+    arguments: ClassVar[dict[str, Arguments]]
+
+    hc_config: Any
+    hc_layer_index: int
+    expand_hc: StreamExpansion | None
+    readout_hc: StreamReadout | None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Some models pass cache and mask by position, in the order of the original signature.
+        kwargs.update(zip(self.positional_names, args))
+        streams: Any = hidden_states
+        if streams.dim() == 3:
+            if self.spec.wide is not None and attribute(self, self.spec.wide):
+                streams = streams.float()
+            streams = self.make_streams(streams)
+        attention_output: tuple[Any, ...] = ()
+        hyper_connections: list[Any] = [getattr(self, name) for name in self.spec.names]
+        for step, hyper_connection, reader in zip(self.spec.steps, hyper_connections, (*hyper_connections[1:], None)):
+            branch_input, write = hyper_connection(streams)
+            branch_output, extras = self.run_step(step, branch_input, kwargs)
+            attention_output = extras or attention_output
+            # Asked of the class, since wrappers pass on what they do not have themselves.
+            fused = hasattr(type(reader), "writes_first") and reader.writes_first(write)
+            streams = UnwrittenStreams(write, branch_output) if fused else write(branch_output)
+        if self.spec.gain is not None:
+            streams = streams * attribute(self, self.spec.gain)
+        # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
+        # "norm_sum" is carried out by the model, after its final norm.
+        is_last = self.hc_layer_index == self.hc_config.num_hidden_layers - 1
+        if is_last and self.hc_config.hc_readout != "norm_sum":
+            streams = self.read_out(streams)
+        if self.spec.extras is None:
+            return streams
+        return streams, *(attention_output[i] if i < len(attention_output) else None for i in self.spec.extras)
+
+    def make_streams(self, hidden_states: Tensor) -> Tensor:
+        """`[B, S, C]` -> `[B, S, n, C]`."""
+        if self.expand_hc is not None:
+            return self.expand_hc(hidden_states)
+        return expand(hidden_states, self.hc_config.hc_num_streams)
+
+    def read_out(self, streams: Tensor) -> Tensor:
+        """`[B, S, n, C]` -> `[B, S, C]`."""
+        if self.readout_hc is not None:
+            return self.readout_hc(streams)
+        kind = self.hc_config.hc_readout
+        if kind in LEARNED_READOUTS:
+            raise ValueError(
+                f"readout {kind!r} must be used with all {self.hc_config.num_hidden_layers} layers, since its weights "
+                f"belong to the last one; got an early exit after layer {self.hc_layer_index}. Use readout='mean'."
+            )
+        return readout(streams, kind)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Generated classes have no importable name: what they are generated from is pickled instead.
+        return _restored, (self.layer_class, self.spec, tuple(self.arguments.items())), self.__dict__
+
+    def run_step(self, step: Step, branch_input: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+        """The branch output of one residual step, and everything that its attention returned."""
+        branch_output: Tensor | None = None
+        attention_output: tuple[Any, ...] = ()
+        normed: dict[str | None, Tensor] = {None: branch_input}
+        for sublayer in step.sublayers:
+            # Parallel sublayers may share a norm.
+            if sublayer.pre is not None and sublayer.pre not in normed:
+                norm = attribute(self, sublayer.pre)
+                normed[sublayer.pre] = norm(branch_input.to(norm.weight.dtype) if sublayer.cast else branch_input)
+            output, extras = self.run_sublayer(sublayer, normed[sublayer.pre], kwargs)
+            branch_output = output if branch_output is None else branch_output + output
+            attention_output = extras if sublayer.attention else attention_output
+        assert branch_output is not None
+        for name in step.post:
+            branch_output = self.call(name, branch_output)
+        if step.scale is not None:
+            branch_output = branch_output * attribute(self, step.scale)
+        # Some experts return [B * S, C].
+        return branch_output.view(branch_input.shape), attention_output
+
+    def run_sublayer(
+        self, sublayer: Sublayer, hidden_states: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """The output of one sublayer behind its norm, and all that its module returned, such as attention weights."""
+        if sublayer.input_scale is not None:
+            hidden_states = hidden_states * attribute(self, sublayer.input_scale)
+        extras: tuple[Any, ...] = ()
+        for name in sublayer.modules:
+            arguments = self.arguments[name].select(kwargs) if sublayer.attention else {}
+            if sublayer.zero is not None:
+                arguments[sublayer.zero] = torch.zeros((), dtype=hidden_states.dtype, device=hidden_states.device)
+            output = self.call(name, *(hidden_states,) * sublayer.repeat, **arguments)
+            if isinstance(output, tuple):
+                extras = output
+            hidden_states = output[0] if isinstance(output, tuple) else output
+        if sublayer.bias is not None and extras[sublayer.bias] is not None:
+            hidden_states = hidden_states + extras[sublayer.bias]
+        if sublayer.times is not None:
+            hidden_states = hidden_states * kwargs[sublayer.times]
+        for name in sublayer.post:
+            hidden_states = self.call(name, hidden_states)
+        if sublayer.scale is not None:
+            hidden_states = hidden_states * attribute(self, sublayer.scale)
+        return hidden_states, extras
+
+    def call(self, name: str, *inputs: Tensor, **arguments: Any) -> Any:
+        """Calls the attribute, or drops out with the probability that it is."""
+        part = attribute(self, name)
+        if isinstance(part, int | float):
+            return F.dropout(inputs[0], p=part, training=self.training)
+        return part(*inputs, **arguments)
+
+
+def _arguments(layer: nn.Module, sublayer: Sublayer, name: str) -> Arguments:
+    """Which arguments reach the module at `name`, as the layer's own forward would pass them."""
+    layer_names, _ = forward_parameters(layer)
+    if isinstance(attribute(layer, name), int | float):
+        return Arguments((), frozenset(layer_names), False)
+    named, others = forward_parameters(attribute(layer, name))
+    renames = dict(sublayer.renames)
+    names = [(n, renames.get(n, n)) for n in layer_names[1:] if n in renames or n not in renames.values()]
+    everything = others and not sublayer.recurrent
+    return Arguments(
+        tuple(pair for pair in names if everything or pair[1] in named[1:]), frozenset(layer_names), others
+    )
+
+
+LayerArguments = tuple[tuple[str, Arguments], ...]
+
+
+def layer_arguments(layer: nn.Module, spec: LayerSpec) -> LayerArguments:
+    """For each module of a layer that takes the layer's arguments, which of them reach it."""
+    return tuple(
+        (name, _arguments(layer, sublayer, name))
+        for sublayer in spec.sublayers
+        if sublayer.attention
+        for name in sublayer.modules
+    )
+
+
+def layer_namespace(layer_class: Any, spec: LayerSpec, arguments: LayerArguments) -> dict[str, Any]:
+    """The class attributes that `HyperConnectedLayer.forward` reads, for a family's decoder layer."""
+    return {
+        "__doc__": f"{layer_class.__name__} with hyper-connections.",
+        "layer_class": layer_class,
+        "spec": spec,
+        "positional_names": forward_parameters(layer_class)[0][1:],  # after hidden_states
+        "arguments": dict(arguments),
+    }
+
+
+@functools.cache
+def _layer_class(layer_class: Any, spec: LayerSpec, arguments: LayerArguments) -> type[HyperConnectedLayer]:
+    name = f"KromHC{layer_class.__name__}"
+    namespace = {"__module__": __name__, "__qualname__": name, **layer_namespace(layer_class, spec, arguments)}
+    return type(name, (HyperConnectedLayer, layer_class), namespace)
+
+
+def _restored(*made_from: Any) -> HyperConnectedLayer:
+    layer_class: Any = _layer_class(*made_from)
+    return layer_class.__new__(layer_class)
+
+
+def connect_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> None:
+    """Turns a checked decoder layer into its hyper-connected class, in place, and adds the hyper-connections."""
+    # Where loading builds the model on the meta device, a family may still have real tensors of its own.
+    devices = {parameter.device.type: parameter.device for parameter in layer.parameters()}
+    device = devices.get("meta", next(layer.parameters()).device)
+    layer_class: Any = type(layer)
+    layer.__class__ = _layer_class(layer_class, spec, layer_arguments(layer, spec))
+    layer.hc_config, layer.hc_layer_index = config, position
+    for step, name in enumerate(spec.names):
+        hyper_connection = HyperConnection(
+            config.hidden_size,
+            config.hc_num_streams,
+            variant=config.hc_variant,
+            branch_index=position * len(spec.names) + step,
+            init=config.hc_init,
+            residual_logit=config.hc_residual_logit,
+            dynamic=config.hc_dynamic,
+            eps=config.hc_eps,
+            sinkhorn_iterations=config.hc_sinkhorn_iterations,
+            device=device,
+        )
+        layer.add_module(name, hyper_connection.train(layer.training))
+    sizes = (config.hidden_size, config.hc_num_streams)
+    is_first, is_last = position == 0, position == config.num_hidden_layers - 1
+    wants_embedding, learned = config.hc_stream_embedding and is_first, LEARNED_READOUTS.get(config.hc_readout)
+    layer.register_module("expand_hc", StreamExpansion(*sizes, device=device) if wants_embedding else None)
+    layer.register_module("readout_hc", learned(*sizes, config.hc_eps, device=device) if learned and is_last else None)
+
+
+def disconnect_layer(layer: Any) -> None:
+    """The inverse of `connect_layer`."""
+    for name in (*layer.spec.names, *END_NAMES):
+        delattr(layer, name)
+    del layer.hc_config, layer.hc_layer_index
+    layer.__class__ = layer.layer_class

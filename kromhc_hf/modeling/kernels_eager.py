@@ -1,0 +1,212 @@
+"""Connects the streams in plain PyTorch, with a backward pass of its own that makes few passes over them.
+
+Streams are `[..., n, C]`, and `[T, n, C]` with the tokens in one dimension.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels_eager_passes import (
+    Streams,
+    correlation,
+    gap_to_one,
+    product,
+    project,
+    read,
+    spans,
+    store,
+    streams_gradient,
+    weight_gradient,
+    write,
+)
+from .mixing import Mixing
+
+
+# Of a handful of tokens the number of operations counts and not their size, unless there are very many products of an
+# entry of `h_res` with a feature. The same with and without gradients, so that both give the same bits.
+FEW_TOKENS, FEW_PRODUCTS = 16, 1 << 17
+
+
+class Mapper(Protocol):
+    """What turns projected streams into mappings: the hyper-connection.
+
+    It takes products `[T, G, k]` and mean squares `[T, G]` of G groups of features, bias and alpha; without dynamic
+    mappings the first two are None.
+    """
+
+    mixing: Mixing
+    eps: float  # added to the mean squares
+
+    def gates(
+        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`h_pre [T, n]`, `h_post [T, n]` and the residual logits; without the tokens if static."""
+
+    def coefficients(
+        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None, tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`h_pre [T, n]`, `h_post [T, n]` and `h_res [T, n, n]`."""
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Leaves autocast; where there is none to leave, at no cost."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype; not even an operation if it is."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+class WidthConnection(torch.autograd.Function):
+    """Projects and reads the streams; its backward pass is the one of the mixing as well.
+
+    The output `mixed` stands for `h_res @ streams`: its value is left to the depth connection, its gradient arrives
+    here, where one pass over the streams serves mixing, reading, projection and norm. Saved are the streams, which
+    autograd holds anyway, and about 3n numbers per token; the mappings are computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        streams: Tensor,  # [..., n, C]
+        weight: Tensor | None,
+        bias: Tensor,
+        alpha: Tensor | None,
+        mapper: Mapper,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens = streams.flatten(0, -3)
+        products, squares = project(tokens, weight)
+        h_pre, h_post, h_res = mapper.coefficients(products, squares, bias, alpha, tokens.shape[0])
+        ctx.save_for_backward(streams, weight, bias, alpha, products, squares)
+        ctx.mapper = mapper
+        ctx.mark_non_differentiable(h_res)
+        ctx.set_materialize_grads(False)
+        branch_input = read(Streams.of(tokens), h_pre)
+        return branch_input.view(*streams.shape[:-2], -1), h_post, streams.detach(), h_res
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_input: Tensor | None, grad_h_post: Tensor | None, grad_mixed: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        streams, weight, bias, alpha, products, squares = ctx.saved_tensors
+        with without_autocast(streams):
+            tokens = streams.flatten(0, -3)
+            grad_input = None if grad_input is None else grad_input.flatten(0, -2)
+            grad_mixed = None if grad_mixed is None else grad_mixed.flatten(0, -3)
+            leaves = [None if t is None else t.detach().requires_grad_() for t in (products, squares, bias, alpha)]
+            with torch.enable_grad():
+                mappings = ctx.mapper.coefficients(*leaves, tokens.shape[0])
+            h_pre, _, h_res = (mapping.detach() for mapping in mappings)
+            grads = (
+                None if grad_input is None else correlation(grad_input.unsqueeze(1), tokens, h_pre.dtype).squeeze(1),
+                grad_h_post,
+                None if grad_mixed is None else correlation(grad_mixed, tokens, h_pre.dtype),
+            )
+            grad_products, grad_squares, grad_bias, grad_alpha = chain(mappings, grads, leaves)
+            grad_streams, grad_weight = None, None
+            if ctx.needs_input_grad[0]:
+                grad_streams = streams_gradient(
+                    tokens, h_pre, h_res, grad_input, grad_mixed, weight, grad_products, grad_squares
+                ).view(streams.shape)
+            if weight is not None and grad_products is not None and ctx.needs_input_grad[1]:
+                grad_weight = weight_gradient(tokens, weight, grad_products)
+        return grad_streams, grad_weight, grad_bias, grad_alpha, None
+
+
+class DepthConnection(torch.autograd.Function):
+    """Mixes the streams and adds the branch output; `mixed` comes from the width connection, see there.
+
+    Saved are the branch output and n numbers per token.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: Tensor, h_post: Tensor, branch_output: Tensor, h_res: Tensor, rows_sum_to_one: bool
+    ) -> Tensor:
+        ctx.save_for_backward(h_post, branch_output)
+        streams = Streams.of(mixed.flatten(0, -3))
+        return write(streams, h_res, h_post, branch_output.flatten(0, -2), rows_sum_to_one).view(mixed.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h_post, branch_output = ctx.saved_tensors
+        grad_h_post, grad_output = None, None
+        with without_autocast(grad):
+            tokens = grad.flatten(0, -3)
+            if ctx.needs_input_grad[1]:
+                outputs = branch_output.reshape(tokens.shape[0], 1, -1)
+                grad_h_post = correlation(outputs, tokens, h_post.dtype).squeeze(1)
+            if ctx.needs_input_grad[2]:
+                grad_output = branch_output.new_empty(branch_output.shape)
+                rows, weights = grad_output.view(tokens.shape[0], 1, -1), h_post.unsqueeze(1)
+                for span in spans(tokens, h_post.dtype):
+                    store(rows[span], product(weights[span], tokens[span].to(h_post.dtype), rows[span]))
+        return grad, grad_h_post, grad_output, None, None
+
+
+def chain(
+    outputs: Sequence[Tensor], grads: Sequence[Tensor | None], leaves: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of the leaves, through the small graph from them to the mappings."""
+    used = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None and output.requires_grad]
+    present = [leaf for leaf in leaves if leaf is not None]
+    found = torch.autograd.grad(
+        [output for output, _ in used], present, [grad for _, grad in used], allow_unused=True, materialize_grads=True
+    )
+    rest = iter(found)
+    return [None if leaf is None else next(rest) for leaf in leaves]
+
+
+def connect(
+    streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mapper: Mapper
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The branch input `[..., C]` of streams `[..., n, C]`, and the depth connection, which takes the branch output."""
+    tokens = streams.flatten(0, -3)
+    if tokens.shape[0] <= FEW_TOKENS and tokens.numel() * tokens.shape[1] <= FEW_PRODUCTS:
+        return connect_few(streams, tokens, weight, bias, alpha, mapper)
+    sum_to_one = mapper.mixing.rows_sum_to_one
+    if torch.is_grad_enabled():
+        branch_input, h_post, mixed, h_res = WidthConnection.apply(streams, weight, bias, alpha, mapper)
+        return branch_input, lambda output: DepthConnection.apply(mixed, h_post, output, h_res, sum_to_one)
+
+    h_pre, h_post, h_res = mapper.coefficients(*project(tokens, weight), bias, alpha, tokens.shape[0])
+    looked_at = Streams.of(tokens)
+    branch_input = read(looked_at, h_pre)
+
+    def write_back(branch_output: Tensor) -> Tensor:
+        return write(looked_at, h_res, h_post, branch_output.flatten(0, -2), sum_to_one).view(streams.shape)
+
+    return branch_input.view(*streams.shape[:-2], -1), write_back
+
+
+def connect_few(
+    streams: Tensor, tokens: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mapper: Mapper
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The same for decoding, where the number of operations counts and not the size of what they move."""
+    wide = cast(tokens, bias.dtype)
+    products, squares = None, None
+    if weight is not None:
+        rows = wide.reshape(tokens.shape[0], -1, weight.shape[1])
+        products, squares = F.linear(rows, weight), (rows * rows).mean(-1)
+    h_pre, h_post, logits = mapper.gates(products, squares, bias, alpha)
+    # Not a batched product, for which a library would wake up all threads.
+    first, others = wide.split_with_sizes((1, wide.shape[1] - 1), dim=1)
+    rest = (h_pre[..., 1:, None] * (others - first)).sum(1, keepdim=True)
+    branch_input = torch.addcmul(first, gap_to_one(h_pre).unsqueeze(-1), first) + rest
+
+    def write_back(branch_output: Tensor) -> Tensor:
+        output = branch_output.reshape(tokens.shape[0], 1, -1)
+        mixed = torch.addcmul(mapper.mixing.mix(wide, logits), h_post.unsqueeze(-1), output)
+        return cast(mixed, streams.dtype).view(streams.shape)
+
+    return cast(branch_input, streams.dtype).view(*streams.shape[:-2], -1), write_back

@@ -1,0 +1,155 @@
+"""The gradients of a width connection in Triton: what it says about the read weights, the streams and the weight.
+
+Between the first and the other two lies the gradient of the gates, on a few numbers per token. Of memory they move
+`(n + 1) C`, `(2n + 1) C` (with the gradient that the streams have already `(3n + 1) C`) and `n C` elements per token.
+"""
+
+# mypy: ignore-errors
+# (the language of kernels is not Python, and its types are not types)
+
+# Triton reads annotations as text, and without Triton there would be nothing to evaluate them with.
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels_triton_language import PRECISION, jit, rounded, run, tl
+
+
+BLOCK, FEATURES = 128, 64
+# How many tokens one program sums the weight gradient over at least, and how many such sums there are at most.
+SHARE, SHARES = 512, 32
+
+
+@jit
+def _correlate(grad, streams, out, n, width, N: tl.constexpr, BLOCK: tl.constexpr):
+    token, j = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    total = tl.zeros((N,), tl.float32)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        inside = (j[:, None] < n) & (c[None, :] < width)
+        place = token * n * width + j[:, None] * width + c[None, :]
+        x = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + token * width + c, mask=c < width, other=0.0).to(tl.float32)
+        total += tl.sum(x * g[None, :], axis=1)
+    tl.store(out + token * n + j, total, mask=j < n)
+
+
+@jit
+def _streams_gradient(known, grad_input, streams, h_pre, weight, grad_products, grad_squares, out, rows, width,
+                      ADD: tl.constexpr, n: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr,
+                      BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    c, k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    present = row < rows
+    inside = present[:, None] & (c[None, :] < width)
+    some = present[:, None] & (k[None, :] < K)
+    by_output = tl.load(grad_products + row[:, None] * K + k[None, :], mask=some, other=0.0)
+    # The mean square is over all features.
+    by_square = tl.load(grad_squares + row, mask=present, other=0.0) * (2 / (n * width))
+    g = tl.load(grad_input + row[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    for j in range(0, n):
+        place = row[:, None] * (n * width) + j * width + c[None, :]
+        w_inside = (k[:, None] < K) & (c[None, :] < width)
+        w = tl.load(weight + k[:, None] * (n * width) + j * width + c[None, :], mask=w_inside, other=0.0)
+        x = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
+        read = tl.load(h_pre + row * n + j, mask=present, other=0.0)
+        value = tl.dot(by_output, w, input_precision=PRECISION) + read[:, None] * g + by_square[:, None] * x
+        if ADD:
+            value += tl.load(known + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + place, rounded(value, out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _weight_gradient(streams, grad_products, out, rows, features, share, K: tl.constexpr, PADDED: tl.constexpr,
+                     TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    c, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    first = tl.program_id(1).to(tl.int64) * share
+    total = tl.zeros((PADDED, BLOCK), tl.float32)
+    for start in range(0, share, TOKENS):
+        row = first + start + tl.arange(0, TOKENS)
+        inside = (row[:, None] < rows) & (c[None, :] < features)
+        x = tl.load(streams + row[:, None] * features + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        some = (row[None, :] < rows) & (k[:, None] < K)
+        g = tl.load(grad_products + row[None, :] * K + k[:, None], mask=some, other=0.0)
+        total += tl.dot(g, x, input_precision=PRECISION)
+    place = tl.program_id(1).to(tl.int64) * K * features + k[:, None] * features + c[None, :]
+    tl.store(out + place, total, mask=(k[:, None] < K) & (c[None, :] < features))
+
+
+def _sizes(outputs: int) -> tuple[int, int]:
+    """The outputs of the projection, filled up, and how many tokens one matrix product takes without spilling."""
+    padded = max(16, 1 << (outputs - 1).bit_length())
+    return padded, 32 if padded <= 64 else 16
+
+
+@torch.library.custom_op("kromhc_hf::correlate", mutates_args=())
+def correlate(grad: Tensor, streams: Tensor) -> Tensor:
+    """`sum_c grad[c] streams[j, c]`: `[T, C]` and `[T, n, C]` -> `[T, n]`."""
+    tokens, n, width = streams.shape
+    out = streams.new_empty(tokens, n, dtype=torch.float32)
+    padded = 1 << (n - 1).bit_length()
+    run(_correlate, (tokens,), grad.contiguous(), streams.contiguous(), out, n, width, padded, BLOCK)
+    return out
+
+
+@correlate.register_fake
+def _(grad: Tensor, streams: Tensor) -> Tensor:
+    return streams.new_empty(streams.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("kromhc_hf::streams_gradient", mutates_args=())
+def streams_gradient(
+    known: Tensor,
+    add: bool,
+    grad_input: Tensor,
+    streams: Tensor,
+    h_pre: Tensor,
+    weight: Tensor,
+    grad_products: Tensor,
+    grad_squares: Tensor,
+) -> Tensor:
+    """What reading, projection and norm say about the streams `[T, n, C]`, added to `known` if `add`."""
+    tokens, n, width = streams.shape
+    out, outputs = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device), weight.shape[0]
+    inputs = (known, grad_input, streams, h_pre, weight, grad_products, grad_squares)
+    padded, together = _sizes(outputs)
+    grid = (-(-tokens // together), -(-width // FEATURES))
+    tensors, constants = (tensor.contiguous() for tensor in inputs), (add, n, outputs, padded, together, FEATURES)
+    run(_streams_gradient, grid, *tensors, out, tokens, width, *constants, num_stages=2)
+    return out
+
+
+@streams_gradient.register_fake
+def _(
+    known: Tensor,
+    add: bool,
+    grad_input: Tensor,
+    streams: Tensor,
+    h_pre: Tensor,
+    weight: Tensor,
+    grad_products: Tensor,
+    grad_squares: Tensor,
+) -> Tensor:
+    return streams.new_empty(streams.shape)
+
+
+@torch.library.custom_op("kromhc_hf::weight_gradient", mutates_args=())
+def weight_gradient(streams: Tensor, grad_products: Tensor) -> Tensor:
+    """`sum_t grad_products[t] streams[t]`: `[T, n, C]` and `[T, k]` -> `[k, n C]`."""
+    tokens, outputs = grad_products.shape
+    features = streams.shape[1] * streams.shape[2]
+    padded, together = _sizes(outputs)
+    share = max(SHARE, together * -(-tokens // (together * SHARES)))
+    shares = -(-tokens // share)
+    out = streams.new_empty(shares, outputs, features, dtype=torch.float32)
+    grid, inputs = (-(-features // FEATURES), shares), (streams.contiguous(), grad_products.contiguous())
+    constants = (outputs, padded, together, FEATURES)
+    run(_weight_gradient, grid, *inputs, out, tokens, features, share, *constants, num_stages=2)
+    return out.sum(0)
+
+
+@weight_gradient.register_fake
+def _(streams: Tensor, grad_products: Tensor) -> Tensor:
+    features = streams.shape[1] * streams.shape[2]
+    return streams.new_empty(grad_products.shape[1], features, dtype=torch.float32)

@@ -1,0 +1,142 @@
+"""From a configuration to the layer specifications of its family, and the check of a live layer against them."""
+
+from typing import Any
+
+from torch import nn
+
+from .families import REFUSED, SUPPORTED
+from .layer_spec import ByConfig, LayerSpec, attribute, forward_parameters
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """The model types of transformers that can be given hyper-connections, in alphabetical order."""
+    return tuple(sorted(SUPPORTED))
+
+
+def check_model_type(model_type: str) -> None:
+    """Refuses a family that the table does not describe.
+
+    Raises:
+        ValueError: naming the family, and the reason or the supported families.
+    """
+    if model_type in REFUSED:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported: {REFUSED[model_type]}. "
+            "Use a supported family; `kromhc families` lists them."
+        )
+    if model_type not in SUPPORTED:
+        raise ValueError(
+            f"model_type must be one of the supported families ({', '.join(supported_model_types())}); "
+            f"got {model_type!r}. Add a row for it to kromhc_hf/modeling/families.py, or use a supported model."
+        )
+
+
+def layer_specs(config: Any, model_type: str) -> tuple[LayerSpec, ...]:
+    """The layer specifications of a family for this configuration; each layer follows the first one that it fits.
+
+    Raises:
+        ValueError: if the family, or the family with this configuration, is not supported.
+    """
+    check_model_type(model_type)
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            f"{model_type} must be a decoder without cross-attention; got add_cross_attention=True. "
+            "Cross-attention layers have no hyper-connection; load the model with add_cross_attention=False."
+        )
+    if getattr(config, "layerdrop", 0):
+        raise ValueError(
+            f"{model_type} must have layerdrop=0; got {config.layerdrop}: the last layer reads the streams out and "
+            "cannot be dropped. Set config.layerdrop = 0."
+        )
+    row = SUPPORTED[model_type]
+    specs = row.choose(config) if isinstance(row, ByConfig) else row
+    return (specs,) if isinstance(specs, LayerSpec) else specs
+
+
+def fit_layer(layer: nn.Module, specs: tuple[LayerSpec, ...], position: int) -> LayerSpec:
+    """The first specification that a live decoder layer fits, so that nothing is changed that is not understood.
+
+    Raises:
+        ValueError: naming the layer, the attribute and what was expected.
+    """
+    label = f"layer {position} ({type(layer).__name__})"
+    if not type(layer).__module__.startswith("transformers."):
+        raise ValueError(
+            f"{label} must be a decoder layer of transformers; its class is defined in {type(layer).__module__}, "
+            "where forward may differ from the one that the table of families describes. Load the native class."
+        )
+    check_own_forward(layer, position)
+    problems = []
+    for spec in specs:
+        problem = _misfit(layer, spec)
+        if problem is None:
+            return spec
+        problems.append(problem)
+    raise ValueError(f"{label} {'; or else it '.join(problems)}.")
+
+
+def check_own_forward(layer: nn.Module, position: int) -> None:
+    """Refuses a layer whose forward is not its class's, since a change of class would not reach it.
+
+    Raises:
+        ValueError: naming the layer and the way out.
+    """
+    if "forward" in vars(layer):
+        raise ValueError(
+            f"layer {position} ({type(layer).__name__}) must have its class's own forward; an instance-level forward "
+            "is in the way (device_map offloading or a wrapper). Change the model before dispatching it."
+        )
+
+
+def _misfit(layer: nn.Module, spec: LayerSpec) -> str | None:
+    """What keeps a layer from being what the specification says, None if nothing does."""
+    for name in spec.names:
+        if hasattr(layer, name):
+            return f"must not have an attribute {name!r} yet; got {getattr(layer, name)!r}"
+    for sublayer in spec.sublayers:
+        for name in (*sublayer.modules, *filter(None, (sublayer.pre,))):
+            value = attribute(layer, name)
+            if not callable(value) and not (name in sublayer.modules[1:] and _is_number(value)):
+                return f"must have a module {name!r}; got {value!r}"
+        for _, name in sublayer.renames:
+            if name not in forward_parameters(attribute(layer, sublayer.modules[0]))[0]:
+                return f"must have a module {sublayer.modules[0]!r} whose forward takes {name!r}"
+        if sublayer.times is not None and sublayer.times not in forward_parameters(layer)[0]:
+            return f"must have a forward that takes {sublayer.times!r}"
+    for name in _post(spec):
+        if not callable(attribute(layer, name)) and not _is_number(attribute(layer, name)):
+            return f"must have a module or a dropout probability {name!r}; got {attribute(layer, name)!r}"
+    for name in _factors(spec):
+        if not _is_number(attribute(layer, name)) and not hasattr(attribute(layer, name), "shape"):
+            return f"must have a factor {name!r}; got {attribute(layer, name)!r}"
+    known = _known_attributes(spec)
+    for name in _attributes_with_weights(layer):
+        if name not in known:
+            return f"must have no weights beyond those that its row in modeling/families.py names; got {name!r}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _post(spec: LayerSpec) -> list[str]:
+    sublayers = [name for sublayer in spec.sublayers for name in sublayer.post]
+    return sublayers + [name for step in spec.steps for name in step.post]
+
+
+def _factors(spec: LayerSpec) -> list[str]:
+    factors = [name for sublayer in spec.sublayers for name in (sublayer.scale, sublayer.input_scale)]
+    return [name for name in (*factors, *(step.scale for step in spec.steps), spec.gain) if name is not None]
+
+
+def _known_attributes(spec: LayerSpec) -> set[str]:
+    paths = [*_factors(spec), *_post(spec)]
+    for sublayer in spec.sublayers:
+        paths += [*sublayer.modules, *filter(None, (sublayer.pre,))]
+    return {path.split(".")[0] for path in paths}
+
+
+def _attributes_with_weights(layer: nn.Module) -> list[str]:
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    return [name.split(".")[0] for name, _ in tensors]

@@ -1,0 +1,90 @@
+"""What a saved model takes along so that it loads where this package is not installed, and says what it is.
+
+Every configuration is saved with the modules that its classes are written in, as flat files, and an `auto_map` that
+names the classes; `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` needs nothing else. The copies
+register nothing, and they take themselves along when they are saved again.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .model_card import model_card
+
+
+AUTO_CLASSES: tuple[Any, ...] = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+)
+# transformers puts a card with this sentence where a repository has none.
+GENERIC_CARD = "This model card has been automatically generated."
+
+
+def class_name(backbone_class: Any, backbone_config_class: Any) -> str:
+    """The name of the class with hyper-connections, `LlamaForCausalLM` -> `KromHCLlamaForCausalLM`.
+
+    Several model types may share the class of one of them; each gets a name of its own, after its configuration.
+    """
+    own_stem = getattr(backbone_class.config_class, "__name__", "").removesuffix("Config")
+    stem = backbone_config_class.__name__.removesuffix("Config")
+    shared = backbone_class.config_class is not backbone_config_class and backbone_class.__name__.startswith(own_stem)
+    return f"KromHC{stem * shared}{backbone_class.__name__.removeprefix(own_stem * shared)}"
+
+
+def auto_map(config_type: Any) -> dict[str, str]:
+    """Which class of which code file each Auto class stands for, for the family of a configuration class."""
+    # All in one file, of which transformers then makes one copy; two would have two classes of every name.
+    names = {"AutoConfig": f"modeling_kromhc.{config_type.__name__}"}
+    for auto_class in AUTO_CLASSES:
+        backbone = auto_class._model_mapping.get(config_type.backbone_config_class, None)
+        if backbone is not None:
+            names[auto_class.__name__] = f"modeling_kromhc.{class_name(backbone, config_type.backbone_config_class)}"
+    return names
+
+
+def code_files() -> list[Path]:
+    """The modules that travel: the one with the model classes and what it imports, directly or not."""
+    modeling = Path(__file__).with_name("modeling_kromhc.py")
+    return [modeling, *sorted(Path(file) for file in get_relative_import_files(modeling))]
+
+
+def write_code(folder: Path) -> None:
+    """Writes the code files into a folder."""
+    for file in code_files():
+        shutil.copyfile(file, folder / file.name)
+
+
+class Shareable:
+    """Mixed into configurations and models: an upload gets a model card of its own instead of an empty one."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to do: whoever loads a copy of this file through `auto_map` saves it again in any case."""
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # A card that somebody has written is left alone.
+        card = Path(working_dir) / "README.md"
+        present = card.read_text(encoding="utf-8") if card.is_file() else GENERIC_CARD
+        if GENERIC_CARD in present:
+            config, weights = getattr(self, "config", self), "all" if hasattr(self, "config") else "none"
+            card.write_text(model_card(config, repo_id, tags=_tags(present), weights=weights), encoding="utf-8")
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
+
+def _tags(card: str) -> tuple[str, ...]:
+    """The tags in the metadata of a card that transformers wrote."""
+    found = re.search(r"^tags:\n((?:- .*\n)*)", card, flags=re.MULTILINE)
+    return tuple(line.removeprefix("- ") for line in found[1].splitlines()) if found else ()

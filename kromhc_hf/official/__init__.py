@@ -1,0 +1,1 @@
+"""The authors' own modules and checkpoints, imported."""

@@ -1,0 +1,1 @@
+"""Hyper-connections as a method of PEFT."""

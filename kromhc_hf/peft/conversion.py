@@ -1,0 +1,187 @@
+"""From a PEFT adapter and its base to a full model with hyper-connections, and back."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ..applying import apply_hyper_connections, has_hyper_connections
+from ..conversion.disk import bring_file, new_folder
+from ..conversion.files import companion_files, read_json, resolve_source
+from ..modeling.configuration_kromhc import PREFIX
+from ..modeling.modeling_kromhc import KromHCForCausalLM
+from ..training import hyper_connection_state_dict
+from .config import KromHCPeftConfig
+from .layer import TENSOR_PREFIX, HyperConnectionSite
+
+
+# What PEFT puts around the keys of a tensor: in front of them all, and between the site and its adapter.
+WRAPPER_PREFIX = "base_model.model."
+SITE_PART = f".{TENSOR_PREFIX}adapters."
+
+
+def model_keys(adapter_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter file's tensors under the keys of a full model: `model.layers.0.attn_hc.bias`.
+
+    Raises:
+        ValueError: if a key is not one of hyper-connections.
+    """
+    for key in adapter_tensors:
+        if not key.startswith(WRAPPER_PREFIX) or SITE_PART not in key:
+            raise ValueError(
+                f"An adapter of hyper-connections must hold keys like {WRAPPER_PREFIX}...attn_hc{SITE_PART}bias alone; "
+                f"got {key!r}. Adapters with LoRA or modules_to_save cannot be converted; merge those into the base."
+            )
+    return {key.removeprefix(WRAPPER_PREFIX).replace(SITE_PART, "."): t for key, t in adapter_tensors.items()}
+
+
+def adapter_keys(model_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `model_keys`."""
+    renamed = {}
+    for key, tensor in model_tensors.items():
+        site, _, name = key.rpartition(".")
+        renamed[f"{WRAPPER_PREFIX}{site}{SITE_PART}{name}"] = tensor
+    return renamed
+
+
+def connection_options(config: KromHCPeftConfig) -> dict[str, Any]:
+    """The arguments of `apply_hyper_connections` that an adapter stands for."""
+    names = ("num_streams", "variant", "init", "readout", "dynamic", "residual_logit", "eps")
+    return {name: getattr(config, name) for name in names}
+
+
+def adapter_to_model(peft_model: Any, adapter_name: str | None = None) -> Any:
+    """Turns a base with an adapter of hyper-connections into the full model, for `save_pretrained` or `generate`.
+
+    The output stays bitwise the same. The PEFT model is unloaded: its base is what is returned.
+
+    Args:
+        peft_model: a PeftModel of `KromHCPeftConfig`.
+        adapter_name: which adapter, the active one if None.
+
+    Raises:
+        ValueError: if the adapter is of another method, or adapters of other methods are on the same base.
+    """
+    name = adapter_name or peft_model.active_adapter
+    config = peft_model.peft_config[name]
+    if not isinstance(config, KromHCPeftConfig):
+        raise ValueError(f"adapter {name!r} must be of a KromHCPeftConfig; got {type(config).__name__}.")
+    others = {
+        type(module).__name__
+        for module in peft_model.modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, HyperConnectionSite)
+    }
+    if others:
+        raise ValueError(
+            f"The base must have no other adapters; got layers of type {', '.join(sorted(others))}. "
+            "Merge them first, with merge_and_unload() of their own PeftModel."
+        )
+    tensors = model_keys(get_peft_model_state_dict(peft_model, adapter_name=name))
+    model = apply_hyper_connections(peft_model.unload(), **connection_options(config))
+    incompatible = model.load_state_dict(tensors, strict=False)
+    assert not incompatible.unexpected_keys
+    return model
+
+
+def model_to_adapter(model: Any, destination: str | Path, base_model: str | Path) -> KromHCPeftConfig:
+    """Writes the hyper-connections of a full model as a PEFT adapter, to be loaded on its base.
+
+    Only the hyper-connections are written. It is for the caller to know that `base_model` has the same other weights,
+    as a conversion or a training with a frozen backbone leaves them.
+
+    Args:
+        model: a model with hyper-connections.
+        destination: folder for `adapter_config.json` and `adapter_model.safetensors`; made if missing.
+        base_model: folder or Hub id of the base, written into the config.
+
+    Raises:
+        ValueError: if the model has no hyper-connections.
+    """
+    if not has_hyper_connections(model):
+        raise ValueError(f"model must have hyper-connections to write as an adapter; got {type(model).__name__}.")
+    hf_config = model.config
+    options = connection_options_of(hf_config)
+    config = KromHCPeftConfig(
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=str(base_model),
+        base_model_type=hf_config.model_type.removeprefix(PREFIX),
+        base_hidden_size=hf_config.hidden_size,
+        base_num_layers=hf_config.num_hidden_layers,
+        **options,
+    )
+    config.save_pretrained(str(destination))
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in hyper_connection_state_dict(model).items()}
+    save_file(adapter_keys(tensors), Path(destination) / "adapter_model.safetensors", metadata={"format": "pt"})
+    return config
+
+
+def connection_options_of(config: Any) -> dict[str, Any]:
+    """The arguments of `apply_hyper_connections` that a KromHCConfig stands for."""
+    return {
+        "num_streams": config.hc_num_streams,
+        "variant": config.hc_variant,
+        "init": config.hc_init,
+        "readout": config.hc_readout,
+        "dynamic": config.hc_dynamic,
+        "residual_logit": config.hc_residual_logit,
+        "eps": config.hc_eps,
+    }
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def adapter_to_checkpoint(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+    """Writes the full model that an adapter and its base make, with the base's tokenizer and generation files.
+
+    Args:
+        source: folder of an adapter that was made with `KromHCPeftConfig`; it names its base.
+        destination: folder to make; must not exist or be empty.
+
+    Raises:
+        FileNotFoundError: if the base cannot be found.
+        FileExistsError: if the destination is not empty.
+        ValueError: if the adapter is of another method.
+    """
+    base = resolve_source(read_json(Path(source) / ADAPTER_CONFIG)["base_model_name_or_path"])
+    model = adapter_to_model(AutoPeftModelForCausalLM.from_pretrained(source))
+    with new_folder(Path(destination)) as folder:
+        model.save_pretrained(folder)
+        for file in companion_files(base):
+            copy = folder / file.relative_to(base)
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                bring_file(file, copy)
+
+
+def checkpoint_to_adapter(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], base: str | os.PathLike[str]
+) -> None:
+    """Writes the hyper-connections of a model as an adapter of its base, whose other tensors must be the same.
+
+    Args:
+        source: folder of a model with hyper-connections.
+        destination: folder to make; must not exist or be empty.
+        base: folder or Hub id of the base, on which the adapter is to be loaded.
+
+    Raises:
+        FileExistsError: if the destination is not empty.
+        ValueError: if the base has other weights than the model.
+    """
+    model = KromHCForCausalLM.from_pretrained(source, dtype="auto")
+    own = model.state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(base, dtype="auto").state_dict().items():
+        if name not in own or not torch.equal(own[name], tensor):
+            raise ValueError(
+                f"the base of an adapter must have the same weights as the model; {base} differs in {name!r}. "
+                "A model whose backbone was trained has to stay a full model."
+            )
+    with new_folder(Path(destination)) as folder:
+        model_to_adapter(model, folder, str(base))

@@ -1,0 +1,168 @@
+"""Hyper-connections as a PEFT method: a plain base model, and an adapter that holds their tensors and nothing else.
+
+Imported when peft is (see `peft_registration`), and makes itself known to it then.
+"""
+
+import functools
+import re
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from torch import nn
+
+from ..applying import has_hyper_connections
+from ..modeling.hyper_connection import HyperConnection
+from ..modeling.layer_spec import LayerSpec
+from ..modeling.modeling_kromhc import ConnectionPlan, plan_connections
+from .config import TYPE_NAME, KromHCPeftConfig, peft_type
+from .layer import (
+    TENSOR_PREFIX,
+    AdaptedLayer,
+    AdaptedModel,
+    HyperConnectionSite,
+    StreamSettings,
+    adapt_layer,
+    adapt_model,
+    refuse_merge,
+    restore_layer,
+    restore_model,
+)
+
+
+def register_method() -> None:
+    """Makes the method known to PEFT, once, and has adapters with trained hyper-connections refused by plain bases."""
+    if peft_type() in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
+    register_peft_method(
+        name=TYPE_NAME.lower(), config_cls=KromHCPeftConfig, model_cls=HyperConnectionTuner, prefix=TENSOR_PREFIX
+    )
+    present_check = BaseTuner._check_new_adapter_config
+
+    # PEFT drops the tensors of modules_to_save in silence where the model has no such modules.
+    @functools.wraps(present_check)
+    def check(self: BaseTuner, config: PeftConfig) -> None:
+        check_modules_to_save(self.model, config)
+        present_check(self, config)
+
+    BaseTuner._check_new_adapter_config = check  # type: ignore[method-assign]
+
+
+def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
+    """Refuses an adapter that trains hyper-connections on a model without them.
+
+    Raises:
+        ValueError: naming the modules that the adapter asks for and those that the model has.
+    """
+    wanted = set(getattr(config, "modules_to_save", None) or ()) & {"attn_hc", "ffn_hc", "block_hc"}
+    present = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if wanted and not wanted & present:
+        raise ValueError(
+            f"The adapter has modules_to_save={sorted(wanted)}, so it must be loaded on a model with these "
+            f"hyper-connections; {type(model).__name__} has "
+            f"{'block_hc instead' if 'block_hc' in present else 'none'}. Load "
+            f"{config.base_model_name_or_path or 'the model with hyper-connections that it was made for'} as its base."
+        )
+
+
+def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, list[LayerSpec]]:
+    """Where the hyper-connections of an adapter go, with the specification of every layer, before anything is changed.
+
+    Raises:
+        ValueError: if the family is not supported, the model has hyper-connections of its own, or the adapter was made
+            for another base.
+    """
+    if has_hyper_connections(model):
+        raise ValueError(
+            f"The base of a KromHCPeftConfig must be a plain model; {type(model).__name__} has hyper-connections of "
+            'its own. Train those: freeze_backbone(model), or LoraConfig(..., modules_to_save=["attn_hc", "ffn_hc"]).'
+        )
+    plan = plan_connections(model)
+    specs = [layer.spec for layer in plan.layers if isinstance(layer, AdaptedLayer)] or plan.check()
+    backbone = model.config
+    actual = {
+        "base_model_type": backbone.model_type,
+        "base_hidden_size": backbone.hidden_size,
+        "base_num_layers": len(plan.layers),
+    }
+    made_for = {name: getattr(config, name) for name in actual}
+    if any(value not in (None, actual[name]) for name, value in made_for.items()):
+        raise ValueError(
+            f"The adapter must be loaded on the base model that it was made for, {made_for}; got "
+            f"{type(model).__name__} with {actual}. Load {config.base_model_name_or_path or 'that base model'} first."
+        )
+    vars(config).update(actual)
+    return plan, specs
+
+
+class HyperConnectionTuner(BaseTuner):
+    """Adds the adapters of `KromHCPeftConfig` to a base model, which may have adapters of other methods already."""
+
+    prefix = TENSOR_PREFIX
+    tuner_layer_cls = HyperConnectionSite
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds one adapter.
+
+        Raises:
+            ValueError: see `plan_adapter`; the model is then what it was.
+        """
+        base = model
+        while isinstance(base, PeftModel):
+            base = base.get_base_model()
+        config: Any = self.peft_config[adapter_name]
+        self._plan, self._specs = plan_adapter(base, config)
+        path = next(path for path, module in model.named_modules() if module is self._plan.layers)
+        config.target_modules = rf"{re.escape(path)}\.\d+"
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for owner in self._plan.owners:
+            if not isinstance(owner, AdaptedModel):
+                adapt_model(owner)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        position = int(target_name)
+        spec, backbone_config = self._specs[position], self._plan.owners[0].config
+        if not isinstance(target, AdaptedLayer):
+            adapt_layer(target, spec, position)
+        settings = StreamSettings(backbone_config, peft_config.num_streams, peft_config.readout)
+        device = next(target.parameters()).device
+        for step, name in enumerate(spec.names):
+            site = getattr(target, name)
+            site.hyper_connection_adapters[adapter_name] = HyperConnection(
+                backbone_config.hidden_size,
+                peft_config.num_streams,
+                variant=peft_config.variant,
+                branch_index=position * len(spec.names) + step,
+                init=peft_config.init,
+                residual_logit=peft_config.residual_logit,
+                dynamic=peft_config.dynamic,
+                eps=peft_config.eps,
+                device=device,
+            ).train(target.training)
+            site.settings[adapter_name] = settings
+
+    def _check_merge_allowed(self) -> None:
+        refuse_merge()
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            refuse_merge()
+        for layer in self._plan.layers:
+            restore_layer(layer)
+        for owner in self._plan.owners:
+            restore_model(owner)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model

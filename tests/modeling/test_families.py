@@ -1,0 +1,158 @@
+"""The table of families: complete, true to the installed transformers, and the one that the README shows."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.tiny import configurations, make_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from kromhc_hf import KromHCConfig, apply_hyper_connections, has_hyper_connections, supported_model_types
+from kromhc_hf.families_table import (
+    BEGIN,
+    END,
+    describe,
+    families_markdown,
+    families_table,
+    layer_kinds,
+    write_families,
+)
+from kromhc_hf.modeling.families import REFUSED, SUPPORTED
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_causal_model_type_of_transformers_is_in_the_table_or_refused():
+    known = {CONFIG_MAPPING[name].model_type for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    unknown = known - SUPPORTED.keys() - REFUSED.keys()
+    assert not unknown, f"decide about {sorted(unknown)}: a row in SUPPORTED, or a reason in REFUSED"
+    assert not (SUPPORTED.keys() | REFUSED.keys()) - known
+    assert not SUPPORTED.keys() & REFUSED.keys()
+
+
+def test_at_least_ninety_model_types():
+    assert len(supported_model_types()) >= 90
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_refused_with_the_reason(model_type):
+    class Config:
+        pass
+
+    Config.model_type = model_type
+    with pytest.raises(ValueError, match="is not supported") as error:
+        KromHCConfig(backbone_config=Config())
+    assert REFUSED[model_type] in str(error.value)
+
+
+def test_unknown_family_names_the_supported_ones():
+    class Config:
+        model_type = "gpt9"
+
+    with pytest.raises(ValueError, match=r"supported families \(afmoe, .*got 'gpt9'"):
+        KromHCConfig(backbone_config=Config())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("opt", {"do_layer_norm_before": False, "ffn_dim": 48, "word_embed_proj_dim": 32}, "OPT-350m"),
+        ("opt", {"layerdrop": 0.1, "ffn_dim": 48, "word_embed_proj_dim": 32}, "layerdrop=0"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=False"),
+        ("gpt2", {"add_cross_attention": True}, "without cross-attention"),
+        (
+            "gemma4_text",
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+            "enable_moe_block=False",
+        ),
+    ],
+    ids=["opt-post-norm", "opt-layerdrop", "bloom-post-norm", "gpt2-cross-attention", "gemma4-moe"],
+)
+def test_refused_configurations(model_type, options, message):
+    config = configurations(model_type)[-1]
+    for name, value in options.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config)
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        apply_hyper_connections(model)
+    assert not has_hyper_connections(model)
+    assert list(model.state_dict()) == keys
+
+
+def test_hybrids_have_layers_of_both_kinds():
+    """The tiny configurations must reach every specification of a row with several."""
+    for model_type, row in SUPPORTED.items():
+        models = [apply_hyper_connections(make_model(config)) for config in configurations(model_type)]
+        found = {type(layer).spec for model in models for layer in model.modules() if hasattr(layer, "hc_layer_index")}
+        assert found == set(layer_kinds(row)), model_type
+
+
+def test_a_layer_with_more_weights_than_its_row_is_refused():
+    model = make_model(configurations("llama")[0])
+    model.model.layers[1].gate = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"layer 1 \(LlamaDecoderLayer\) must have no weights beyond .*'gate'"):
+        apply_hyper_connections(model)
+    assert not has_hyper_connections(model)
+
+
+def test_a_hybrid_layer_that_fits_nothing_says_what_was_tried():
+    model = make_model(configurations("qwen3_next")[0])
+    del model.model.layers[2].linear_attn
+    with pytest.raises(
+        ValueError, match=r"layer 2 .*'linear_attn'; got None; or else it must have a module 'self_attn'"
+    ):
+        apply_hyper_connections(model)
+
+
+def test_layers_read_by_no_name_of_a_family():
+    """Rows are data: outside of families.py nothing may compare with the name of a family."""
+    for file in (ROOT / "kromhc_hf").rglob("*.py"):
+        if file.name == "families.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for part in ast.walk(node) if isinstance(node, ast.Compare | ast.If | ast.IfExp) else ():
+                if isinstance(part, ast.Constant) and isinstance(node, ast.Compare):
+                    assert part.value not in SUPPORTED, f"{file.name}:{part.lineno} compares with {part.value!r}"
+
+
+def test_table_rows():
+    rows = {row.model_type: row for row in families_table()}
+    assert list(rows)[: len(SUPPORTED)] == list(supported_model_types())
+    assert rows["llama"].description == "self_attn(input_layernorm(x)); mlp(post_attention_layernorm(x))"
+    assert rows["llama"].exactness == "bitwise equal"
+    assert rows["cohere"].exactness == "equal up to the rounding of one sum"
+    assert rows["granitemoe"].description.startswith("residual_multiplier * self_attn(input_layernorm(x)); ")
+    assert not rows["zamba"].supported
+    assert rows["zamba"].description == REFUSED["zamba"]
+    assert describe(SUPPORTED["phi"]) == (
+        "resid_dropout(self_attn(input_layernorm(x))) + resid_dropout(mlp(input_layernorm(x)))"
+    )
+    assert len(describe(SUPPORTED["lfm2"]).splitlines()) == 2
+
+
+def test_readme_shows_the_table():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition(BEGIN)[2].partition(END)[0]
+    assert shown == f"\n{families_markdown()}\n", "run: python -m kromhc_hf.families_table README.md"
+
+
+def test_the_command_writes_the_table(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    subprocess.run([sys.executable, "-m", "kromhc_hf.families_table", str(file)], check=True, cwd=ROOT)
+    assert file.read_text() == f"before\n{BEGIN}\n{families_markdown()}\n{END}\nafter\n"
+
+
+def test_a_file_without_markers_is_refused(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("no markers")
+    with pytest.raises(ValueError, match="must have the markers"):
+        write_families(file)
+    assert file.read_text() == "no markers"

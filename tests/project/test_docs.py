@@ -1,0 +1,103 @@
+"""The documentation: its numbers are those that its command prints, and its examples work."""
+
+import json
+import re
+import runpy
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.study.report import table, with_error
+from benchmarks.study.statistics import paired_difference
+from kromhc_hf import doubly_stochastic_error
+from kromhc_hf.modeling.mixing import SINKHORN_ITERATIONS, DenseMixing
+
+
+PROJECT = Path(__file__).resolve().parents[2]
+DOCS = PROJECT / "docs"
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory) -> Path:
+    """The folder with what `python scripts/draw_figures.py` draws, and what it prints in `printed.txt`."""
+    folder = tmp_path_factory.mktemp("figures")
+    script = runpy.run_path(str(PROJECT / "scripts" / "draw_figures.py"))
+    lines: list[str] = []
+    script["main"].__globals__.update(FOLDER=folder, print=lambda *words: lines.append(" ".join(map(str, words))))
+    script["main"]()
+    (folder / "printed.txt").write_text("\n".join(lines))
+    return folder
+
+
+def test_numbers_of_the_explanation(figures):
+    printed, page = (figures / "printed.txt").read_text(), (DOCS / "method.md").read_text(encoding="utf-8")
+    errors = dict(re.findall(r"sum error after 24 branches, (\w+): (\S+)", printed))
+    assert all(float(errors[variant]) < 1e-6 for variant in ("kromhc", "mhc_lite", "tbp"))
+    lines = re.findall(r"parameters, (\w+): (.*)", printed)
+    counts = {variant: dict(re.findall(r"n=(\d+) ([\d,]+\d)", line)) for variant, line in lines}
+    quoted = [errors["mhc"], errors["hc"], *(counts[v][n] for v in ("kromhc", "mhc") for n in ("4", "16"))]
+    for logit in (4, 8):
+        (pair,) = re.findall(rf"residual logit {logit}: off-identity mass (\S+), gradient (\S+)", printed)
+        quoted += pair
+    for number in quoted:
+        assert number in page, number
+
+
+def test_figures_are_those_of_the_command(figures):
+    drawn = {path.name for path in figures.glob("*.svg")}
+    assert drawn == {path.name for path in (DOCS / "figures").iterdir()}
+    used = re.findall(r"\(figures/([^)]+)\)", (DOCS / "method.md").read_text(encoding="utf-8"))
+    assert set(used) == drawn
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (PROJECT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert set(re.findall(r": (\S+\.md)", navigation)) == pages
+
+
+def test_the_variant_of_the_guide_works():
+    page = (DOCS / "how-to" / "add-a-variant.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names = {
+        "torch": torch, "F": F, "Tensor": Tensor,
+        "DenseMixing": DenseMixing, "SINKHORN_ITERATIONS": SINKHORN_ITERATIONS,
+    }  # fmt: skip
+    exec("\n".join(line[4:] for line in code.splitlines()), names)
+    mixing = names["RotationMixing"](4)
+    logits = torch.randn(5, mixing.num_logits)
+    # Row and column sums of 4 weights that a softmax has rounded.
+    assert doubly_stochastic_error(mixing.matrix(logits)) < 8 * torch.finfo(torch.float32).eps
+    streams = torch.randn(5, 1, 8).expand(5, 4, 8)
+    assert torch.equal(mixing.mix(streams, logits), streams)
+    start = mixing.matrix(mixing.initial_logits(4.0))
+    assert torch.equal(start.argmax(1), torch.arange(4))
+
+
+def test_tables_of_the_evidence_are_those_of_the_summaries():
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    summaries = {path.stem: json.loads(path.read_text()) for path in (DOCS / "evidence").glob("*.json")}
+    assert set(summaries) == {path.stem for path in (PROJECT / "benchmarks" / "studies").glob("*.yaml")}
+    for name, summary in summaries.items():
+        assert table(summary) in page, name
+        assert {f"{name}-curves.png", f"{name}-differences.png"} <= {p.name for p in (DOCS / "evidence").iterdir()}
+
+
+def test_what_the_evidence_says_about_pairs_of_arms():
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    summaries = (json.loads((DOCS / "evidence" / f"{name}.json").read_text()) for name in ("retrofit", "scratch"))
+    retrofit, scratch = ({name: arm["losses"] for name, arm in summary["arms"].items()} for summary in summaries)
+    four_streams = ["identity", "mhc", "mhc_lite", *(f"kromhc{tail}" for tail in ("", " logit 2", " logit 8"))]
+    four_streams += [name for name in retrofit if "unequal writes" in name or "readout" in name or "embedding" in name]
+    from_scratch = [name for name in scratch if not name.startswith("residual")]
+    assert (len(four_streams), len(from_scratch)) == (12, 5)
+    for arms, names in ((retrofit, four_streams), (scratch, from_scratch)):
+        for one, other in combinations(names, 2):
+            assert not paired_difference(arms[one], arms[other]).separates, (one, other)
+    for one, other in (("kromhc static", "kromhc"), ("kromhc logit 8", "kromhc logit 2")):
+        number = with_error(paired_difference(retrofit[one], retrofit[other])._asdict(), "").replace("0.", ".")
+        assert number in page, number

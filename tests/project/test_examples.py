@@ -1,0 +1,108 @@
+"""Every example in a short mode, offline on the embedded model; its result loads and gives the loss that it printed."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kromhc_hf import KromHCForCausalLM
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SHORT = ["--steps", "3", "--batch", "2", "--length", "64"]
+
+
+def printed(output: str) -> tuple[float, float, Path]:
+    """The losses before and after, and the folder, from the last two lines of an example."""
+    losses = re.search(r"^held-out loss ([\d.]+) -> ([\d.]+) nats per token$", output, re.MULTILINE)
+    result = re.search(r"^result in (.+)$", output, re.MULTILINE)
+    assert losses is not None, output[-2000:]
+    assert result is not None, output[-2000:]
+    return float(losses[1]), float(losses[2]), Path(result[1])
+
+
+def run_example(name: str, folder: Path, monkeypatch, capsys) -> tuple[float, float, Path]:
+    """Runs an example in this process, where the libraries are imported already."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [name, *SHORT, "--output", str(folder)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return printed(capsys.readouterr().out)
+
+
+def held_out_loss(model, tokenizer, monkeypatch) -> float:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from scaffold import TEXT, Windows
+
+    windows = Windows(tokenizer, str(TEXT), 64, held_out=True).windows
+    with torch.no_grad():
+        return model.eval()(input_ids=windows, labels=windows).loss.item()
+
+
+@pytest.mark.parametrize("name", ["retrofit", "pretrain"])
+def test_full_training_examples(tmp_path, monkeypatch, capsys, name):
+    before, after, folder = run_example(name, tmp_path / "result", monkeypatch, capsys)
+    assert after < before
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, KromHCForCausalLM)
+    assert model.config.hc_init == ("identity" if name == "retrofit" else "paper")
+    # Printed with four digits; batches of eight and of 64 sum in another order.
+    assert held_out_loss(model, AutoTokenizer.from_pretrained(folder), monkeypatch) == pytest.approx(after, abs=1e-4)
+    if name == "retrofit":
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        from scaffold import MODEL
+
+        base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        assert held_out_loss(base, AutoTokenizer.from_pretrained(folder), monkeypatch) == pytest.approx(
+            before, abs=1e-4
+        )
+
+
+def test_adapter_example(tmp_path, monkeypatch, capsys):
+    before, after, folder = run_example("train_hyper_connections", tmp_path / "result", monkeypatch, capsys)
+    assert after != before
+    assert (folder / "adapter_model.safetensors").stat().st_size < 1e6
+    assert not (folder / "model.safetensors").exists()
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+    assert held_out_loss(model, tokenizer, monkeypatch) == pytest.approx(after, abs=1e-4)
+
+
+def test_lora_example(tmp_path, monkeypatch, capsys):
+    before, after, folder = run_example("lora_sft", tmp_path / "result", monkeypatch, capsys)
+    assert after < before
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model.get_base_model(), KromHCForCausalLM)
+    prompt = AutoTokenizer.from_pretrained(folder)("Who was at the park with Tim?\n", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] == prompt["input_ids"].shape[1] + 5
+
+
+def test_fsdp2_example_on_two_ranks(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, EXAMPLES / "fsdp2.py", *SHORT, "--output", tmp_path / "result"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-4000:]
+    before, after, folder = printed(run.stdout)
+    assert after < before
+    assert run.stdout.count("result in") == 1
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, KromHCForCausalLM)
+    assert model.transformer.h[0].attn_hc.alpha.dtype is torch.float32
+
+
+def test_instruction_file_is_well_formed():
+    import json
+
+    rows = [json.loads(line) for line in (EXAMPLES / "instructions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= 50
+    assert all(
+        set(row) == {"prompt", "completion"} and row["prompt"].endswith("\n") and row["completion"] for row in rows
+    )
+    assert len({row["prompt"] for row in rows}) == len(rows)

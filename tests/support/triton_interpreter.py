@@ -1,0 +1,264 @@
+"""Run by test_kernels.py in a process of its own, since Triton decides at import whether to interpret."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.connected import connected, tiny_llama
+
+from kromhc_hf import HyperConnection, apply_hyper_connections, hyper_connection, record_mappings
+from kromhc_hf.modeling.kernels import UnwrittenStreams, fuses
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def run(module: HyperConnection, kernel: str, streams: torch.Tensor, cotangent: torch.Tensor, compiled: bool = False):
+    module.kernel = kernel
+    streams = streams.detach().clone().requires_grad_()
+
+    def connect(streams):
+        branch_input, write = module(streams)
+        return branch_input, write(torch.tanh(branch_input))
+
+    torch.compiler.reset()
+    call = torch.compile(connect, fullgraph=True, backend="aot_eager") if compiled else connect
+    branch_input, out = call(streams)
+    grads = torch.autograd.grad(out, [streams, *module.parameters()], cotangent.to(out.dtype))
+    return [branch_input, out, *grads]
+
+
+def randomised(variant: str, num_streams: int, hidden_size: int) -> HyperConnection:
+    module = HyperConnection(hidden_size, num_streams, variant=variant)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("variant", "num_streams", "hidden_size"),
+    [("kromhc", 3, 16), ("kromhc", 4, 130), ("hc", 4, 24)],
+)
+def test_agrees_with_float64(variant: str, num_streams: int, hidden_size: int, dtype: torch.dtype) -> None:
+    module = randomised(variant, num_streams, hidden_size)
+    streams = torch.randn(2, 9, num_streams, hidden_size).to(dtype)
+    cotangent = torch.randn(2, 9, num_streams, hidden_size).to(dtype)
+    found, plain = (run(module, kernel, streams, cotangent) for kernel in ("triton", "torch"))
+    exact = run(module.double(), "torch", streams.double(), cotangent.double())
+    for actual, other, wanted in zip(found, plain, exact, strict=True):
+        assert actual.dtype == other.dtype
+        # In fp32 sums of a few hundred terms; in 16 bits twice the error of the plain path.
+        allowed = 1e-5 if dtype == torch.float32 else 2 * error(other, wanted) + torch.finfo(dtype).eps
+        assert error(actual, wanted) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("variant", "num_streams", "fused"),
+    [("kromhc", 16, True), ("mhc", 8, True), ("mhc_lite", 4, True), ("tbp", 3, True), ("mhc_lite", 5, False)],
+)
+def test_many_outputs(variant: str, num_streams: int, fused: bool) -> None:
+    module, streams = randomised(variant, num_streams, 12), torch.randn(1, 5, num_streams, 12)
+    assert fuses(module.weight, module) == fused
+    cotangent = torch.randn_like(streams)
+    found = run(module, "triton", streams, cotangent)
+    exact = run(module.double(), "torch", streams.double(), cotangent.double())
+    for actual, wanted in zip(found, exact, strict=True):
+        assert error(actual, wanted) <= 1e-5
+
+
+def run_two(modules: list[HyperConnection], streams: torch.Tensor, cotangent: torch.Tensor, compiled: bool = False):
+    """Two branches, and every gradient; where it can, the second one writes what the first one has left to it."""
+    first, second = modules
+    streams = streams.detach().clone().requires_grad_()
+
+    def connect(streams):
+        branch_input, write = first(streams)
+        output = torch.tanh(branch_input)
+        fused = second.writes_first(write)
+        assert fused == (second.kernel == "triton")
+        following, write_again = second(UnwrittenStreams(write, output) if fused else write(output))
+        return branch_input, following, write_again(torch.tanh(following))
+
+    torch.compiler.reset()
+    call = torch.compile(connect, fullgraph=True, backend="aot_eager") if compiled else connect
+    *inputs, out = call(streams)
+    grads = torch.autograd.grad(out, [streams, *first.parameters(), *second.parameters()], cotangent)
+    return [*inputs, out, *grads]
+
+
+def two(kernel: str, num_streams: int, hidden_size: int, variant: str = "kromhc") -> list[HyperConnection]:
+    torch.manual_seed(1)
+    modules = [randomised(variant, num_streams, hidden_size) for _ in range(2)]
+    for module in modules:
+        module.kernel = kernel
+    return modules
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    ("variant", "num_streams", "hidden_size"),
+    [("kromhc", 2, 24), ("kromhc", 3, 40), ("kromhc", 4, 70), ("kromhc", 8, 17), ("mhc", 4, 24), ("identity", 2, 24)],
+)
+def test_write_then_read_agrees_with_float64(
+    variant: str, num_streams: int, hidden_size: int, dtype: torch.dtype
+) -> None:
+    streams, cotangent = (torch.randn(2, 9, num_streams, hidden_size).to(dtype) for _ in range(2))
+    found, plain = (run_two(two(k, num_streams, hidden_size, variant), streams, cotangent) for k in ("triton", "torch"))
+    wide = [module.double() for module in two("torch", num_streams, hidden_size, variant)]
+    exact = run_two(wide, streams.double(), cotangent.double())
+    for actual, other, wanted in zip(found, plain, exact, strict=True):
+        assert actual.dtype == other.dtype
+        allowed = 1e-5 if dtype == torch.float32 else 2 * error(other, wanted) + torch.finfo(dtype).eps
+        assert error(actual, wanted) <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("num_streams", [2, 3, 4, 8])
+def test_identity_init_is_bitwise(num_streams: int, dtype: torch.dtype) -> None:
+    hidden, output = torch.randn(2, 9, 24, dtype=dtype), torch.randn(2, 9, 24, dtype=dtype)
+    first, second = (
+        HyperConnection(24, num_streams, residual_logit=1.0, branch_index=branch, kernel="triton") for branch in (0, 1)
+    )
+    branch_input, write = first(hidden.unsqueeze(-2).expand(-1, -1, num_streams, -1))
+    assert torch.equal(branch_input, hidden)
+    expected = (hidden.float() + output.float()).to(dtype)
+    assert torch.equal(write(output), expected.unsqueeze(-2).expand(-1, -1, num_streams, -1))
+    branch_input, write = second(UnwrittenStreams(write, output))
+    assert torch.equal(branch_input, expected)
+    expected = (expected.float() + output.float()).to(dtype).unsqueeze(-2)
+    assert torch.equal(write(output), expected.expand(-1, -1, num_streams, -1))
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+def test_compiles_whole(dynamic: bool) -> None:
+    module = HyperConnection(24, 4, dynamic=dynamic)
+    streams, cotangent = torch.randn(2, 5, 4, 24), torch.randn(2, 5, 4, 24)
+    compiled, plain = (run(module, "triton", streams, cotangent, compiled=c) for c in (True, False))
+    for actual, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_write_then_read_compiles_whole() -> None:
+    streams, cotangent = torch.randn(2, 5, 4, 24), torch.randn(2, 5, 4, 24)
+    compiled, plain = (run_two(two("triton", 4, 24), streams, cotangent, compiled=c) for c in (True, False))
+    for actual, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_operators_are_registered_soundly() -> None:
+    streams = torch.randn(5, 4, 24, requires_grad=True)
+    h_pre, h_post = torch.rand(5, 4, requires_grad=True), torch.rand(5, 4, requires_grad=True)
+    h_res, output = torch.rand(5, 4, 4, requires_grad=True), torch.randn(5, 24, requires_grad=True)
+    weight, bias = torch.randn(10, 96, requires_grad=True), torch.randn(10, requires_grad=True)
+    parameters = (weight, bias, torch.randn(3, requires_grad=True))
+    arguments = {
+        "project": (streams, weight),
+        "read": (streams, h_pre),
+        "write": (streams, h_res, h_post, output, True),
+        "width": (streams, *parameters, 1e-6),
+        "write_width": (streams, h_res, h_post, output, False, *parameters, 1e-6),
+        "correlate": (output.detach(), streams.detach()),
+        "streams_gradient": tuple(
+            t.detach() if isinstance(t, torch.Tensor) else t
+            for t in (streams, True, output, streams, h_pre, weight, torch.randn(5, 10), torch.randn(5))
+        ),
+        "weight_gradient": (streams.detach(), torch.randn(5, 10)),
+        "read_backward": (output.detach(), streams.detach(), h_pre.detach()),
+        "write_backward": tuple(t.detach() for t in (streams, streams, h_res, h_post, output)),
+    }
+    for name, values in arguments.items():
+        torch.library.opcheck(getattr(torch.ops.kromhc_hf, name).default, values)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch) -> list[UnwrittenStreams]:
+    """What hyper-connections have written before they read it."""
+    calls: list[UnwrittenStreams] = []
+    original: Callable = hyper_connection.connect_unwritten
+
+    def count(streams, *others):
+        calls.append(streams)
+        return original(streams, *others)
+
+    monkeypatch.setattr(hyper_connection, "connect_unwritten", count)
+    return calls
+
+
+def with_kernel(model: torch.nn.Module, kernel: str) -> torch.nn.Module:
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, HyperConnection):
+            module.kernel = kernel
+    return model
+
+
+def loss_and_gradients(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["whole", "checkpointed"])
+def test_llama_writes_and_reads_at_once(checkpointed: bool, fused_calls: list) -> None:
+    model, tokens = connected(randomness=0.3), torch.arange(18).view(2, 9)
+    expected = loss_and_gradients(with_kernel(model, "torch"), tokens)
+    assert not fused_calls
+    fused = with_kernel(model, "triton").train()
+    if checkpointed:
+        fused.gradient_checkpointing_enable()
+    found = loss_and_gradients(fused, tokens)
+    # Once in every layer, between attention and feed-forward.
+    assert len(fused_calls) == model.config.num_hidden_layers * (1 + checkpointed)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_fresh_llama_is_the_base_bitwise(dtype: torch.dtype, fused_calls: list) -> None:
+    base, tokens = tiny_llama(dtype).eval(), torch.arange(18).view(2, 9)
+    with torch.no_grad():
+        expected = base(tokens).logits
+        model = with_kernel(apply_hyper_connections(base, 4), "triton")
+        assert torch.equal(model(tokens).logits, expected)
+    assert len(fused_calls) == model.config.num_hidden_layers
+
+
+def test_streams_that_somebody_sees_are_written_first(fused_calls: list) -> None:
+    model, tokens = with_kernel(connected(), "triton"), torch.arange(4).view(1, 4)
+    second = model.model.layers[0].ffn_hc
+    with record_mappings(model, tokens) as records:
+        assert records["layers.0.ffn_hc"].streams.shape == (1, 4, 4, model.config.hidden_size)
+    assert not fused_calls
+    # As offloading does.
+    second.forward = second.forward
+    model(tokens)
+    del second.forward
+    assert len(fused_calls) == model.config.num_hidden_layers - 1
+    fused_calls.clear()
+    observers = [
+        lambda: second.register_forward_pre_hook(lambda module, args: None),
+        lambda: second.register_forward_hook(lambda module, args, output: None),
+        lambda: torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: None),
+    ]
+    for observe in observers:
+        handle = observe()
+        model(tokens)
+        handle.remove()
+    layers = model.config.num_hidden_layers
+    assert len(fused_calls) == 2 * (layers - 1)
+    fused_calls.clear()
+    second.kernel = "torch"
+    model(tokens)
+    assert len(fused_calls) == layers - 1
+
+
+def test_refuses_what_it_cannot_serve() -> None:
+    module = HyperConnection(8, 4, kernel="triton").double()
+    with pytest.raises(ValueError, match=r"kernel 'triton' takes streams in float32, bfloat16 or float16.*Use kernel="):
+        module(torch.randn(1, 2, 4, 8, dtype=torch.float64))
