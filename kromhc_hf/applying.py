@@ -3,12 +3,12 @@
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .modeling.configuration_kromhc import KromHCConfig
-from .modeling.decoder_layer import HyperConnectedLayer, disconnect_layer
+from .modeling.connection_plan import find_decoder, plan_connections
+from .modeling.decoder_layer import HyperConnectedLayer
 from .modeling.layer_fit import check_own_forward
-from .modeling.modeling_kromhc import HyperConnectedModel, connect, plan_connections
+from .modeling.modeling_kromhc import HyperConnectedModel, install, uninstall
 
 
 def apply_hyper_connections(
@@ -46,7 +46,6 @@ def apply_hyper_connections(
             "Call remove_hyper_connections(model) first."
         )
     plan = plan_connections(model)
-    plan.check()
     config = KromHCConfig(
         backbone_config=model.config,
         hc_num_streams=num_streams,
@@ -60,7 +59,7 @@ def apply_hyper_connections(
         hc_stream_embedding=stream_embedding,
     )
     replace_config(model, config)
-    connect(model, plan)
+    install(plan, config)
     return model
 
 
@@ -82,24 +81,16 @@ def remove_hyper_connections(model: Any) -> Any:
     """
     if not has_hyper_connections(model):
         raise ValueError(f"model must have hyper-connections to remove; got {type(model).__name__} without them.")
-    plan = plan_connections(model)
-    for position, layer in enumerate(plan.layers):
+    decoder = find_decoder(model)
+    for position, layer in enumerate(decoder.layers):
         check_own_forward(layer, position)
         if not isinstance(layer, HyperConnectedLayer):
             raise ValueError(
                 f"every decoder layer must have hyper-connections to remove; got layer {position} "
                 f"({type(layer).__name__}) without. They were removed from a part of the model; reload it."
             )
-    layer_names = {type(layer).__name__ for layer in plan.layers}
-    native_names = {layer.layer_class.__name__ for layer in plan.layers}  # type: ignore[union-attr]
     replace_config(model, model.config.to_backbone_config())
-    for layer in plan.layers:
-        disconnect_layer(layer)
-    for owner in plan.owners:
-        owner.__class__ = owner.backbone_class
-        _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
-        owner._no_split_modules = set(owner._no_split_modules) - layer_names | native_names
-        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - plan.names
+    uninstall(decoder)
     return model
 
 

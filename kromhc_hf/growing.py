@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .applying import has_hyper_connections, replace_config
+from .modeling.connection_plan import find_decoder
 from .modeling.hyper_connection import HyperConnection
 from .modeling.layer_fit import check_own_forward
-from .modeling.modeling_kromhc import plan_connections
 from .modeling.stream_ends import SigmoidReadout, SoftmaxReadout, StreamExpansion, StreamReadout
 from .modeling.variants import KromHCMixing, make_mixing, prime_factors
 
@@ -74,7 +74,7 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
     if not 0 < kept < 1:
         raise ValueError(f"kept must lie between 0 and 1, both excluded; got {kept!r}. The default is 0.999.")
     make_mixing(config.hc_variant, before * factor)
-    layers = plan_connections(model).layers
+    layers = find_decoder(model).layers
     for position, layer in enumerate(layers):
         check_own_forward(layer, position)
 

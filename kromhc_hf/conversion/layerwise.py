@@ -17,10 +17,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ..modeling.decoder_layer import HyperConnectedLayer
+from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.hyper_connection import readout
-from ..modeling.layer_spec import LayerSpec
-from ..modeling.modeling_kromhc import plan_connections
 from .files import pickled_weights, read_json, weight_map
 from .tensor_files import read_pickled
 
@@ -43,10 +41,8 @@ class LayerwiseModel:
         self.dtype: torch.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
-        plan = plan_connections(self.model)
-        self.layers = plan.layers
-        connected = isinstance(plan.layers[0], HyperConnectedLayer)
-        self.specs: list[LayerSpec] = [layer.spec for layer in plan.layers] if connected else plan.check()  # type: ignore[misc]
+        decoder, self.specs = present_plan(find_decoder(self.model))
+        self.layers = decoder.layers
         conversions: Any = get_model_conversion_mapping(self.model)
         dtype_plan = self.model._get_dtype_plan(self.dtype)
         self.loading = LoadStateDictConfig(dtype=self.dtype, dtype_plan=dtype_plan, weight_mapping=conversions)

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """KromHCConfig: the configuration of a backbone family with the hyper-connection fields beside its own.
 
 For each family one class is made on demand, for example `KromHCLlamaConfig(KromHCConfig, LlamaConfig)` with
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from .foreign_code import check_own_config
+from .host import config_class_name, config_class_of
 from .hyper_connection import check_init
 from .layer_fit import check_model_type, supported_model_types
 from .remote_code import Shareable, auto_map, write_code
@@ -103,9 +104,10 @@ class KromHCConfig(Shareable):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Writes `config.json` and the code files that load it, and its models, where this package is not installed."""
-        self.auto_map = auto_map(type(self))
         os.makedirs(save_directory, exist_ok=True)
-        write_code(Path(save_directory))
+        vars(self).pop("auto_map", None)
+        if write_code(Path(save_directory)):
+            self.auto_map = auto_map(type(self))
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def to_backbone_config(self) -> PreTrainedConfig:
@@ -168,7 +170,7 @@ def config_class(model_type: str) -> type[KromHCConfig]:
 
 
 def _make_config_class(model_type: str) -> type[KromHCConfig]:
-    backbone_class = CONFIG_MAPPING[model_type]
+    backbone_class = config_class_of(model_type)
     name = f"KromHC{backbone_class.__name__}"
     namespace = {
         "__module__": __name__,
@@ -211,7 +213,7 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
 def config_class_named(name: str) -> type[KromHCConfig] | None:
     """The configuration class of that name, made on first use; None if no family has one."""
     for model_type in supported_model_types():
-        if name == f"KromHC{CONFIG_MAPPING_NAMES[model_type]}":
+        if name == f"KromHC{config_class_name(model_type)}":
             return config_class(model_type)
     return None
 

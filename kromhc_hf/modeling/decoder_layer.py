@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """The one decoder layer forward that serves every family, and the classes generated from it."""
 
 import functools

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """Which model types are supported, as data: what the decoder layers of each family look like.
 
 A family is one row of `SUPPORTED`; a row with several specifications describes layers of different kinds in one model.

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """What a configuration file may name: no code outside this package is ever loaded or passed on."""
 
 import re

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """The hyper-connection of one residual branch: it computes the mappings, reads the streams and writes them back."""
 
 from collections.abc import Callable

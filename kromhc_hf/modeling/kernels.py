@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """Which implementation reads and writes the streams: plain PyTorch, or Triton where it can run."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """Projects, reads and writes the streams in operations that a compiler fuses, and so do the gradients.
 
 The same three passes as the Triton kernels, for `torch.compile` on any device. Streams are `[T, n, C]`, sums are in the

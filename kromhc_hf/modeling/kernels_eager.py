@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """Connects the streams in plain PyTorch, with a backward pass of its own that makes few passes over them.
 
 Streams are `[..., n, C]`, and `[T, n, C]` with the tokens in one dimension.

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """The passes over the streams in plain PyTorch, and their gradients, in few and large operations.
 
 Sums are computed in the dtype of the coefficients (at least fp32). Streams that are narrower are worked on in spans of

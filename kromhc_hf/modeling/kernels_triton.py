@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """The passes over the streams as Triton kernels, registered as custom operators that torch.compile sees whole.
 
 One program works on one token (the projection: on 16), so that each pass moves every stream once: of memory the

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """The width connection as one Triton kernel: norm, projection, gates and read of a block of tokens.
 
 A program reads the streams of 16 tokens twice, the second time from the cache as far as it still has them: of memory

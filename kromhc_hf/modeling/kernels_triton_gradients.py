@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """The gradients of a width connection in Triton: what it says about the read weights, the streams and the weight.
 
 Between the first and the other two lies the gradient of the gates, on a few numbers per token. Of memory they move

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """What the Triton kernels share: whether Triton is there, rounding, the gates and the read of a block of tokens."""
 
 # mypy: ignore-errors

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """From a configuration to the layer specifications of its family, and the check of a live layer against them."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """The words in which decoder layers are described: sublayers, residual steps, layers; names, no mathematics."""
 
 import inspect

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """What a variant of hyper-connections has to say: the interface that every parametrisation of H_res implements."""
 
 from itertools import permutations

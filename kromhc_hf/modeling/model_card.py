@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """The model card of a repository with hyper-connections: metadata, numbers, how to load it, citation."""
 
 import json

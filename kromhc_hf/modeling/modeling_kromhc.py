@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """KromHCForCausalLM and its siblings: a family's own model classes, with hyper-connections in their decoder layers.
 
 `KromHCLlamaForCausalLM(KromHCForCausalLM, LlamaForCausalLM)` is generated from the family's class; head, loss, cache,
@@ -5,8 +6,7 @@ attention backends, tied weights and parallelism plans are inherited and never w
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -18,16 +18,21 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .configuration_kromhc import PREFIX, KromHCConfig, config_class, config_class_named
-from .decoder_layer import END_NAMES, HyperConnectedLayer, connect_layer
+from .configuration_kromhc import KromHCConfig, config_class, config_class_named
+from .connection_plan import ConnectionPlan, Decoder, check_layers, find_decoder
+from .decoder_layer import HyperConnectedLayer, connect_layer, disconnect_layer
+from .host import (
+    class_for_task,
+    class_names_for_task,
+    config_class_name,
+    known_to,
+    mirror_weight_conversion,
+    record_outputs_of,
+)
 from .hyper_connection import Float32Module, readout
-from .layer_fit import fit_layer, layer_specs, supported_model_types
-from .layer_spec import LayerSpec, attribute
+from .layer_fit import supported_model_types
 from .remote_code import Shareable, class_name
 
 
@@ -36,6 +41,8 @@ class HyperConnectedModel(Shareable):
 
     backbone_class: ClassVar[type[PreTrainedModel]]
     auto_class: ClassVar[Any] = None
+    # From the model that holds the decoder layers to them; None in the models around it.
+    hc_layers_path: str | None = None
 
     def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> "HyperConnectedModel":
         if not hasattr(cls, "backbone_class"):
@@ -43,13 +50,15 @@ class HyperConnectedModel(Shareable):
         return super().__new__(cls)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        with _known_to_auto_model(type(config)):
-            config.validate_hyper_connections()
+        config.validate_hyper_connections()
+        base_class = KromHCModel.backbone_for(type(config))
+        # For heads that build their base model through `AutoModel`, which does not know a copy of this file on the Hub.
+        with known_to(AutoModel, type(config), base_class and model_class(base_class, type(config))):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        plan = plan_connections(self)
+        decoder = find_decoder(self)
         # A head that builds its base model through AutoModel finds it connected already.
-        if not isinstance(plan.layers[0], HyperConnectedLayer):
-            connect(self, plan)
+        if not decoder.connected:
+            install(check_layers(decoder), config)
 
     @classmethod
     def class_for(cls, config: Any) -> type[Any]:
@@ -71,7 +80,7 @@ class HyperConnectedModel(Shareable):
     @classmethod
     def backbone_for(cls, config_type: type[KromHCConfig]) -> type[PreTrainedModel] | None:
         """The family's own class for the task of this face, if it has one."""
-        return cls.auto_class._model_mapping.get(config_type.backbone_config_class, None)
+        return class_for_task(cls.auto_class, config_type.backbone_config_class)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -124,21 +133,6 @@ class HyperConnectedModel(Shareable):
         return cls.backbone_class._can_set_experts_implementation()
 
 
-@contextmanager
-def _known_to_auto_model(config_type: Any) -> Iterator[None]:
-    """For heads that build their base model through `AutoModel`, where a copy of this file on the Hub is unknown."""
-    registered: Any = AutoModel._model_mapping
-    backbone = KromHCModel.backbone_for(config_type)
-    if backbone is None or config_type in registered:
-        yield
-        return
-    registered.register(config_type, model_class(backbone, config_type), exist_ok=True)
-    try:
-        yield
-    finally:
-        registered._extra_content.pop(config_type, None)
-
-
 class KromHCModel(HyperConnectedModel):
     """A base model with hyper-connections, for `AutoModel`."""
 
@@ -184,73 +178,40 @@ FACES = (
 )
 
 
-class ConnectionPlan:
-    """Where the hyper-connections of a model go, found and checked before anything is changed.
+def install(plan: ConnectionPlan, config: Any) -> None:
+    """Carries a checked plan out: every owner and every layer gets the class with hyper-connections, in place.
 
-    Args:
-        owners: the transformers models from the outermost inwards; the last one holds the decoder layers.
-        layers: the decoder layers.
-        candidates: what each of them may look like.
+    The modules hold `config`, a KromHCConfig, already.
     """
-
-    def __init__(self, owners: list[Any], layers: nn.ModuleList, candidates: tuple[LayerSpec, ...]):
-        self.owners, self.layers, self.candidates = owners, layers, candidates
-        self.names = {*END_NAMES, *(name for spec in candidates for name in spec.names)}
-
-    def check(self) -> list[LayerSpec]:
-        """The specification of every layer; raises ValueError if one is not what the table of families says."""
-        expected = self.owners[0].config.num_hidden_layers
-        if len(self.layers) < expected:
-            raise ValueError(
-                f"the model must have config.num_hidden_layers = {expected} decoder layers, since the last one reads "
-                f"the streams out; got {len(self.layers)}. Set config.num_hidden_layers = {len(self.layers)}."
-            )
-        if len({id(layer) for layer in self.layers}) < len(self.layers):
-            raise ValueError("every decoder layer must be a module of its own; got one that is used several times.")
-        return [fit_layer(layer, self.candidates, position) for position, layer in enumerate(self.layers)]
-
-
-def plan_connections(model: Any) -> ConnectionPlan:
-    """Finds the decoder layers of a model and everything that owns them.
-
-    Raises:
-        ValueError: if the family is not supported, or the layers are not where its row says.
-    """
-    model_type = model.config.model_type.removeprefix(PREFIX)
-    candidates = layer_specs(model.config, model_type)
-    path = candidates[0].layers
-    # A base_model_prefix that names nothing makes the model its own base; the base is then one of its children.
-    bases = [model.base_model, *(child for child in model.children() if isinstance(child, PreTrainedModel))]
-    owners: list[Any] = [model]
-    module: Any = next((base for base in bases if attribute(base, path) is not None), model)
-    for name in (None, *path.split(".")):
-        module = attribute(module, name) if name else module
-        if isinstance(module, PreTrainedModel) and module is not owners[-1]:
-            owners.append(module)
-    if not isinstance(module, nn.ModuleList) or len(module) == 0:
-        raise ValueError(
-            f"{type(model).__name__} must have its decoder layers at {path!r} of the base model; got {module!r}."
-        )
-    return ConnectionPlan(owners, module, candidates)
-
-
-def connect(model: Any, plan: ConnectionPlan) -> None:
-    """Carries a checked plan out: swaps the classes of owners and layers and adds the hyper-connections.
-
-    Every owner's `config` must be a KromHCConfig already.
-    """
-    for position, (layer, spec) in enumerate(zip(plan.layers, plan.check())):
-        connect_layer(layer, spec, model.config, position)
-    layer_names = {type(layer).__name__ for layer in plan.layers}
-    native_names = {layer.layer_class.__name__ for layer in plan.layers}  # type: ignore[union-attr]
-    for owner in plan.owners:
+    owners, layers, path, _ = plan.decoder
+    before = {type(layer).__name__ for layer in layers}
+    for position, (layer, spec) in enumerate(zip(layers, plan.specs)):
+        connect_layer(layer, spec, config, position)
+    for owner in owners:
         if not isinstance(owner, HyperConnectedModel):
-            owner.__class__ = model_class(type(owner), type(model.config))
-        # Keyed by class: without it, recorded outputs silently vanish after the swap.
-        _CAN_RECORD_REGISTRY[owner] = owner._can_record_outputs
-        # FSDP wrapping refuses a name that no module of the model has, so the family's own goes.
-        owner._no_split_modules = {*(owner._no_split_modules or ())} - native_names | layer_names
-        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.names}
+            owner.__class__ = model_class(type(owner), type(config))
+        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.decoder.added_names}
+        _tell_transformers(owner, before, layers)
+    owners[-1].hc_layers_path = path
+
+
+def uninstall(decoder: Decoder) -> None:
+    """The inverse of `install`: the family's own classes again; the modules hold the family's configuration already."""
+    before = {type(layer).__name__ for layer in decoder.layers}
+    for layer in decoder.layers:
+        disconnect_layer(layer)
+    del decoder.owners[-1].hc_layers_path
+    for owner in decoder.owners:
+        owner.__class__ = owner.backbone_class
+        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - decoder.added_names
+        _tell_transformers(owner, before, decoder.layers)
+
+
+def _tell_transformers(owner: Any, before: set[str], layers: Any) -> None:
+    """What transformers knows by class: which outputs are recorded, and which layers are not to be split."""
+    record_outputs_of(owner)
+    # FSDP wrapping refuses a name that no module of the model has, so the one from before goes.
+    owner._no_split_modules = {*(owner._no_split_modules or ())} - before | {type(layer).__name__ for layer in layers}
 
 
 def model_class(backbone_class: Any, config_type: Any) -> type[Any]:
@@ -259,6 +220,25 @@ def model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     Several model types may share the class of one of them; each gets a class of its own, named after its configuration.
     """
     return _model_class(backbone_class, config_type)
+
+
+@functools.cache
+def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
+    model_type, name = config_type.backbone_config_class.model_type, backbone_class.__name__
+    faces = (face for face in FACES if name in class_names_for_task(face.auto_class, model_type))
+    new_name = class_name(backbone_class, config_type.backbone_config_class)
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": new_name,
+        "__doc__": f"{name} with hyper-connections.",
+        "config_class": config_type,
+        "backbone_class": backbone_class,
+        "forward": with_readout(backbone_class.forward),
+    }
+    # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
+    mirror_weight_conversion(name, new_name)
+    mirror_weight_conversion(model_type, config_type.model_type)
+    return type(new_name, (next(faces, HyperConnectedModel), backbone_class), namespace)
 
 
 def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,33 +255,12 @@ def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
             outputs["hidden_states"] = tuple(
                 last_layer.read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
             )
-        if getattr(self.config, "hc_readout", None) == "norm_sum" and plan_connections(self).owners[-1] is self:
+        if getattr(self.config, "hc_readout", None) == "norm_sum" and self.hc_layers_path is not None:
             _sum_normed_streams(outputs, self.config.hc_num_streams)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
     return forward
-
-
-@functools.cache
-def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
-    model_type = config_type.backbone_config_class.model_type
-    face = next((face for face in FACES if backbone_class.__name__ in _listed(face, model_type)), HyperConnectedModel)
-    name = class_name(backbone_class, config_type.backbone_config_class)
-    namespace = {
-        "__module__": __name__,
-        "__qualname__": name,
-        "__doc__": f"{backbone_class.__name__} with hyper-connections.",
-        "config_class": config_type,
-        "backbone_class": backbone_class,
-        "forward": with_readout(backbone_class.forward),
-    }
-    # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
-    for key, new_key in ((backbone_class.__name__, name), (model_type, config_type.model_type)):
-        conversion = get_checkpoint_conversion_mapping(key)
-        if conversion is not None:
-            register_checkpoint_conversion_mapping(new_key, conversion, overwrite=True)
-    return type(name, (face, backbone_class), namespace)
 
 
 def _sum_normed_streams(outputs: Any, num_streams: int) -> None:
@@ -314,12 +273,6 @@ def _sum_normed_streams(outputs: Any, num_streams: int) -> None:
         outputs["hidden_states"] = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
 
 
-def _listed(face: type[HyperConnectedModel], model_type: str) -> tuple[str, ...]:
-    """The names of the family's classes for the task of a face, without importing them."""
-    names = face.auto_class._model_mapping._model_mapping.get(model_type, ())
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def __getattr__(name: str) -> Any:
     # Pickle and `auto_map` look a generated class up by name. Configurations too: transformers makes a copy of the code
     # for every file that `auto_map` names, and there must be one alone.
@@ -329,8 +282,8 @@ def __getattr__(name: str) -> Any:
     plain = name.removeprefix("KromHC")
     for face in FACES if name.startswith("KromHC") else ():
         for model_type in supported_model_types():
-            stem = CONFIG_MAPPING_NAMES[model_type].removesuffix("Config")
-            if plain in _listed(face, model_type) or plain.startswith(stem):
+            stem = config_class_name(model_type).removesuffix("Config")
+            if plain in class_names_for_task(face.auto_class, model_type) or plain.startswith(stem):
                 config_type = config_class(model_type)
                 backbone = face.backbone_for(config_type)
                 if backbone is not None and class_name(backbone, config_type.backbone_config_class) == name:

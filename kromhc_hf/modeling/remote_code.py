@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """What a saved model takes along so that it loads where this package is not installed, and says what it is.
 
 Every configuration is saved with the modules that its classes are written in, as flat files, and an `auto_map` that
@@ -5,8 +6,10 @@ names the classes; `AutoModelForCausalLM.from_pretrained(folder, trust_remote_co
 register nothing, and they take themselves along when they are saved again.
 """
 
+import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .host import class_for_task
 from .model_card import model_card
 
 
@@ -29,6 +33,8 @@ AUTO_CLASSES: tuple[Any, ...] = (
     AutoModelForTokenClassification,
     AutoModelForQuestionAnswering,
 )
+# The first line of every file that travels, by which the package knows its own.
+MARKER = "# Code of kromhc-hf, which travels with every model that it saves."
 # transformers puts a card with this sentence where a repository has none.
 GENERIC_CARD = "This model card has been automatically generated."
 
@@ -49,7 +55,7 @@ def auto_map(config_type: Any) -> dict[str, str]:
     # All in one file, of which transformers then makes one copy; two would have two classes of every name.
     names = {"AutoConfig": f"modeling_kromhc.{config_type.__name__}"}
     for auto_class in AUTO_CLASSES:
-        backbone = auto_class._model_mapping.get(config_type.backbone_config_class, None)
+        backbone = class_for_task(auto_class, config_type.backbone_config_class)
         if backbone is not None:
             names[auto_class.__name__] = f"modeling_kromhc.{class_name(backbone, config_type.backbone_config_class)}"
     return names
@@ -58,13 +64,42 @@ def auto_map(config_type: Any) -> dict[str, str]:
 def code_files() -> list[Path]:
     """The modules that travel: the one with the model classes and what it imports, directly or not."""
     modeling = Path(__file__).with_name("modeling_kromhc.py")
-    return [modeling, *sorted(Path(file) for file in get_relative_import_files(modeling))]
+    return [modeling, *sorted({Path(file) for file in get_relative_import_files(modeling)})]
 
 
-def write_code(folder: Path) -> None:
-    """Writes the code files into a folder."""
-    for file in code_files():
+def write_code(folder: Path) -> bool:
+    """Writes the code files into a folder, unless one of them would replace a file that is not the package's own.
+
+    Returns:
+        Whether they are in the folder now; if not, a warning says what is in the way.
+    """
+    files, first_version = code_files(), _written_by_first_version(folder)
+    foreign = [] if first_version else [file.name for file in files if not _may_be_replaced(folder / file.name)]
+    if foreign:
+        warnings.warn(
+            f"{folder} has files of somebody else by the names of code files ({', '.join(sorted(foreign))}). They are "
+            "kept and the code files are left out, so the model in this folder loads where kromhc-hf is installed and "
+            "nowhere else. Save it to a folder of its own to have it load everywhere.",
+            stacklevel=3,
+        )
+        return False
+    for file in files:
         shutil.copyfile(file, folder / file.name)
+    return True
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether there is no such file, or one that the package wrote itself."""
+    if not os.path.lexists(path):
+        return True
+    return path.is_file() and path.read_text(encoding="utf-8", errors="replace").startswith(MARKER)
+
+
+def _written_by_first_version(folder: Path) -> bool:
+    """Whether the model in a folder was saved with code files that bear no marker yet."""
+    config = folder / "config.json"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    return re.search(r'"modeling\.KromHC\w+"', text) is not None
 
 
 class Shareable:

@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """Learned ways to make streams from one hidden state and to join them again, one small module each."""
 
 from math import log

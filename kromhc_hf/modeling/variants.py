@@ -1,3 +1,4 @@
+# Code of kromhc-hf, which travels with every model that it saves.
 """Parametrisations of the stream mixing matrix H_res: one small class per variant.
 
 A mixing turns a vector of unconstrained logits into a matrix `h_res` and applies it to the streams,

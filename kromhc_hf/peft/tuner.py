@@ -14,9 +14,8 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from ..applying import has_hyper_connections
+from ..modeling.connection_plan import ConnectionPlan, find_decoder, present_plan
 from ..modeling.hyper_connection import HyperConnection
-from ..modeling.layer_spec import LayerSpec
-from ..modeling.modeling_kromhc import ConnectionPlan, plan_connections
 from .config import TYPE_NAME, KromHCPeftConfig, peft_type
 from .layer import (
     TENSOR_PREFIX,
@@ -67,8 +66,8 @@ def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
         )
 
 
-def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, list[LayerSpec]]:
-    """Where the hyper-connections of an adapter go, with the specification of every layer, before anything is changed.
+def plan_adapter(model: Any, config: KromHCPeftConfig) -> ConnectionPlan:
+    """Where the hyper-connections of an adapter go, before anything is changed.
 
     Raises:
         ValueError: if the family is not supported, the model has hyper-connections of its own, or the adapter was made
@@ -79,13 +78,12 @@ def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, 
             f"The base of a KromHCPeftConfig must be a plain model; {type(model).__name__} has hyper-connections of "
             'its own. Train those: freeze_backbone(model), or LoraConfig(..., modules_to_save=["attn_hc", "ffn_hc"]).'
         )
-    plan = plan_connections(model)
-    specs = [layer.spec for layer in plan.layers if isinstance(layer, AdaptedLayer)] or plan.check()
+    plan = present_plan(find_decoder(model))
     backbone = model.config
     actual = {
         "base_model_type": backbone.model_type,
         "base_hidden_size": backbone.hidden_size,
-        "base_num_layers": len(plan.layers),
+        "base_num_layers": len(plan.decoder.layers),
     }
     made_for = {name: getattr(config, name) for name in actual}
     if any(value not in (None, actual[name]) for name, value in made_for.items()):
@@ -94,7 +92,7 @@ def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, 
             f"{type(model).__name__} with {actual}. Load {config.base_model_name_or_path or 'that base model'} first."
         )
     vars(config).update(actual)
-    return plan, specs
+    return plan
 
 
 class HyperConnectionTuner(BaseTuner):
@@ -114,11 +112,11 @@ class HyperConnectionTuner(BaseTuner):
         while isinstance(base, PeftModel):
             base = base.get_base_model()
         config: Any = self.peft_config[adapter_name]
-        self._plan, self._specs = plan_adapter(base, config)
-        path = next(path for path, module in model.named_modules() if module is self._plan.layers)
+        self._plan = plan_adapter(base, config)
+        path = next(path for path, module in model.named_modules() if module is self._plan.decoder.layers)
         config.target_modules = rf"{re.escape(path)}\.\d+"
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for owner in self._plan.owners:
+        for owner in self._plan.decoder.owners:
             if not isinstance(owner, AdaptedModel):
                 adapt_model(owner)
 
@@ -133,7 +131,7 @@ class HyperConnectionTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         position = int(target_name)
-        spec, backbone_config = self._specs[position], self._plan.owners[0].config
+        spec, backbone_config = self._plan.specs[position], self._plan.decoder.owners[0].config
         if not isinstance(target, AdaptedLayer):
             adapt_layer(target, spec, position)
         settings = StreamSettings(backbone_config, peft_config.num_streams, peft_config.readout)
@@ -159,9 +157,9 @@ class HyperConnectionTuner(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             refuse_merge()
-        for layer in self._plan.layers:
+        for layer in self._plan.decoder.layers:
             restore_layer(layer)
-        for owner in self._plan.owners:
+        for owner in self._plan.decoder.owners:
             restore_model(owner)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config

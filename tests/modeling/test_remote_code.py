@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from kromhc_hf import KromHCConfig, apply_hyper_connections, convert_checkpoint, remove_hyper_connections
 from kromhc_hf.demo import MODEL as DEMO_MODEL
-from kromhc_hf.modeling.remote_code import code_files
+from kromhc_hf.modeling.remote_code import MARKER, code_files
 
 
 # A single file, a weight conversion, and a family whose class names do not say CausalLM.
@@ -186,12 +187,52 @@ def test_importing_the_modeling_file_registers_nothing(tmp_path):
     for path in code_files():
         (package / path.name).write_bytes(path.read_bytes())
     script = (
-        "import copy.modeling, transformers.models.auto as a; from transformers.models.auto import *;"
+        "import copy.modeling_kromhc, transformers.models.auto as a; from transformers.models.auto import *;"
         "from transformers.models.auto.configuration_auto import CONFIG_MAPPING;"
-        "copy.modeling.KromHCLlamaForCausalLM; print([n for n in CONFIG_MAPPING if 'kromhc' in n],"
+        "copy.modeling_kromhc.KromHCLlamaForCausalLM; print([n for n in CONFIG_MAPPING if 'kromhc' in n],"
         " a.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content)"
     ).replace("copy", "kromhc_copy")
     package.rename(tmp_path / "kromhc_copy")
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[] {}"
+
+
+def test_every_travelling_file_bears_the_marker():
+    assert len(code_files()) > 20
+    for path in code_files():
+        assert path.read_text(encoding="utf-8").splitlines()[0] == MARKER, path.name
+
+
+@pytest.mark.parametrize("name", ["mixing.py", "modeling_kromhc.py"])
+@pytest.mark.parametrize("what", [KromHCConfig, AutoModelForCausalLM], ids=["configuration", "model"])
+def test_files_of_the_user_are_never_replaced(tmp_path, name, what):
+    model = apply_hyper_connections(make_model(configurations("llama")[0]))
+    saved = model if what is AutoModelForCausalLM else model.config
+    (tmp_path / name).write_text("# a week of my work\n")
+    with pytest.warns(UserWarning, match=rf"{name}.* kept and the code files are left out") as caught:
+        saved.save_pretrained(tmp_path)
+    assert len([warning for warning in caught if issubclass(warning.category, UserWarning)]) == 1
+    assert (tmp_path / name).read_text() == "# a week of my work\n"
+    assert [path.name for path in tmp_path.glob("*.py")] == [name]
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    what.from_pretrained(tmp_path)
+    # Elsewhere, and here once the file is gone, the code comes along again.
+    (tmp_path / name).unlink()
+    for folder in (tmp_path / "elsewhere", tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            saved.save_pretrained(folder)
+        assert {path.name for path in folder.glob("*.py")} == {path.name for path in code_files()}
+        assert "auto_map" in json.loads((folder / "config.json").read_text())
+
+
+def test_a_link_or_folder_of_the_user_is_not_written_through(tmp_path):
+    model = apply_hyper_connections(make_model(configurations("llama")[0]))
+    (tmp_path / "options").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/families.py").symlink_to(tmp_path / "nowhere.py")
+    (tmp_path / "out/variants.py").mkdir()
+    with pytest.warns(UserWarning, match=r"\(families.py, variants.py\)"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "nowhere.py").exists()

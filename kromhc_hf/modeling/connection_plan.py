@@ -1,0 +1,106 @@
+# Code of kromhc-hf, which travels with every model that it saves.
+"""Where the hyper-connections of a model go: its decoder layers are found, and all checked before anything changes."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_kromhc import PREFIX
+from .decoder_layer import END_NAMES, HyperConnectedLayer
+from .layer_fit import fit_layer, layer_specs
+from .layer_spec import LayerSpec, attribute
+
+
+class Decoder(NamedTuple):
+    """The decoder layers of a model and everything that owns them, found but not checked.
+
+    Args:
+        owners: the transformers models from the outermost inwards; the last one holds the decoder layers.
+        layers: the `nn.ModuleList` of the decoder layers.
+        path: from the last owner to the layers.
+        candidates: what each of them may look like.
+    """
+
+    owners: list[Any]
+    layers: Any
+    path: str
+    candidates: tuple[LayerSpec, ...]
+
+    @property
+    def connected(self) -> bool:
+        """Whether the layers have hyper-connections."""
+        return isinstance(self.layers[0], HyperConnectedLayer)
+
+    @property
+    def added_names(self) -> set[str]:
+        """The names of all modules that hyper-connections may add to a layer."""
+        return {*END_NAMES, *(name for spec in self.candidates for name in spec.names)}
+
+
+class ConnectionPlan(NamedTuple):
+    """A decoder with the specification of every layer, which has been checked."""
+
+    decoder: Decoder
+    specs: list[LayerSpec]
+
+
+def find_decoder(model: Any) -> Decoder:
+    """Finds the decoder layers of a model, with hyper-connections or without.
+
+    Raises:
+        ValueError: if the family is not supported, or the layers are not where its row says.
+    """
+    candidates = layer_specs(model.config, model.config.model_type.removeprefix(PREFIX))
+    path = candidates[0].layers
+    # A base_model_prefix that names nothing makes the model its own base; the base is then one of its children.
+    bases = [model.base_model, *(child for child in model.children() if isinstance(child, PreTrainedModel))]
+    owners: list[Any] = [model]
+    module: Any = next((base for base in bases if attribute(base, path) is not None), model)
+    rest = path.split(".")
+    for i in range(len(rest) + 1):
+        if isinstance(module, PreTrainedModel):
+            path = ".".join(rest[i:])
+            if module is not owners[-1]:
+                owners.append(module)
+        if i < len(rest):
+            module = attribute(module, rest[i])
+    if not isinstance(module, nn.ModuleList) or len(module) == 0:
+        raise ValueError(
+            f"{type(model).__name__} must have its decoder layers at {candidates[0].layers!r} of the base model; "
+            f"got {module!r}."
+        )
+    return Decoder(owners, module, path, candidates)
+
+
+def plan_connections(model: Any) -> ConnectionPlan:
+    """Finds the decoder layers of a model and checks that hyper-connections can be added to every one of them.
+
+    Raises:
+        ValueError: if the family is not supported, or a layer is not what the table of families says.
+    """
+    return check_layers(find_decoder(model))
+
+
+def check_layers(decoder: Decoder) -> ConnectionPlan:
+    """The plan for decoder layers that have no hyper-connections yet.
+
+    Raises:
+        ValueError: if one of them is not what the table of families says.
+    """
+    layers, expected = decoder.layers, decoder.owners[0].config.num_hidden_layers
+    if len(layers) < expected:
+        raise ValueError(
+            f"the model must have config.num_hidden_layers = {expected} decoder layers, since the last one reads "
+            f"the streams out; got {len(layers)}. Set config.num_hidden_layers = {len(layers)}."
+        )
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise ValueError("every decoder layer must be a module of its own; got one that is used several times.")
+    return ConnectionPlan(decoder, [fit_layer(layer, decoder.candidates, i) for i, layer in enumerate(layers)])
+
+
+def present_plan(decoder: Decoder) -> ConnectionPlan:
+    """The plan that decoder layers with hyper-connections were made by; without, the one that they would be made by."""
+    if not decoder.connected:
+        return check_layers(decoder)
+    return ConnectionPlan(decoder, [layer.spec for layer in decoder.layers])
