@@ -6,11 +6,13 @@ import runpy
 from itertools import combinations
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kromhc_hf
 from benchmarks.study.report import table, with_error
 from benchmarks.study.statistics import paired_difference
 from kromhc_hf import doubly_stochastic_error
@@ -19,6 +21,8 @@ from kromhc_hf.modeling.mixing import SINKHORN_ITERATIONS, DenseMixing
 
 PROJECT = Path(__file__).resolve().parents[2]
 DOCS = PROJECT / "docs"
+# Those who change the package need more than those who use it.
+CONTRIBUTOR_GUIDES = ("add-a-family.md", "add-a-variant.md")
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,55 @@ def test_what_the_evidence_says_about_pairs_of_arms():
     for one, other in (("kromhc static", "kromhc"), ("kromhc logit 8", "kromhc logit 2")):
         number = with_error(paired_difference(retrofit[one], retrofit[other])._asdict(), "").replace("0.", ".")
         assert number in page, number
+
+
+def texts_for_users() -> dict[str, str]:
+    """What people read who use the package: pages, examples and the cells of the notebook, without its outputs."""
+    pages = [PROJECT / "README.md", *DOCS.rglob("*.md"), *(PROJECT / "examples").glob("*.py")]
+    texts = {
+        str(p.relative_to(PROJECT)): p.read_text(encoding="utf-8") for p in pages if p.name not in CONTRIBUTOR_GUIDES
+    }
+    notebook = nbformat.read(PROJECT / "examples" / "tour.ipynb", as_version=4)
+    return {**texts, "examples/tour.ipynb": "\n".join(cell.source for cell in notebook.cells)}
+
+
+def names_below_the_root(text: str) -> set[str]:
+    """The names of the package that a text uses and that are not among those that its root exports."""
+    text = text.replace("python -m kromhc_hf.families_table", "")
+    text = re.sub(r"\bkromhc_hf\.__file__", "", text)
+    used = set(re.findall(r"\bkromhc_hf((?:\.\w+)+)", text))
+    for names in re.findall(r"\bfrom kromhc_hf import (\([^)]*\)|[^\n;#]*)", text):
+        used |= {f".{name}" for name in re.findall(r"(?:^|[(,])\s*(\w+)", names)}
+    return {name for name in used if name.split(".")[1] not in kromhc_hf.__all__}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("from kromhc_hf.demo import MODEL", {".demo"}),
+        ("from kromhc_hf import inspect_model, plots", {".plots"}),
+        ("from kromhc_hf import (\n    inspect_model as look,\n    plots,\n)", {".plots"}),
+        ("import kromhc_hf.demo", {".demo"}),
+        ("use `kromhc_hf.parameter_counts.count_parameters`.", {".parameter_counts.count_parameters"}),
+        ("`kromhc_hf.Mappings.h_pre`, kromhc_hf/families.py, Path(kromhc_hf.__file__)", set()),
+        ("kromhc_hf. And then `python -m kromhc_hf.families_table README.md`", set()),
+        ("from kromhc_hf import KromHCPeftConfig  # plots, and more", set()),
+    ],
+)
+def test_names_below_the_root_are_found(text, found):
+    assert names_below_the_root(text) == found
+
+
+def test_users_are_told_names_of_the_root_alone():
+    texts = texts_for_users()
+    assert {"README.md", "docs/how-to/inspect.md", "examples/scaffold.py"} < set(texts)
+    found = {name: names for name, text in texts.items() if (names := names_below_the_root(text))}
+    assert not found
+
+
+def test_the_reference_has_every_public_name():
+    page = (DOCS / "reference.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^::: kromhc_hf\.(\S+)$", page, re.MULTILINE)
+    assert page.count(":::") == len(documented)
+    assert "`push_folder` is the earlier name" in page
+    assert sorted([*documented, "push_folder"]) == sorted(kromhc_hf.__all__)
