@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..modeling.configuration_kromhc import KromHCConfig
 from ..modeling.hyper_connection import Float32Module
 from ..modeling.model_card import model_card
-from .base import base_config, base_weights, bring_base, check_space, check_unchanged, fingerprints, origin_of
+from .base import BaseCheckpoint
 from .disk import check_link, new_folder
-from .files import CARD, WEIGHTS, WEIGHTS_INDEX, companion_files, read_json, resolve_source, write_json
+from .files import CARD, WEIGHTS, WEIGHTS_INDEX, read_json, write_json
 from .report import ConversionReport
 from .tensor_files import TensorForm, write_safetensors
 from .verification import verify_conversion
@@ -70,11 +70,9 @@ def convert_checkpoint(
             of another repository, or has been converted already.
     """
     check_link(link)
-    folder, destination = resolve_source(source, revision), Path(destination)
-    before = fingerprints(folder)
-    raw = base_config(folder)
+    base, destination = BaseCheckpoint.open(source, revision, base_model), Path(destination)
     config: Any = KromHCConfig(
-        backbone_config=AutoConfig.from_pretrained(folder),
+        backbone_config=AutoConfig.from_pretrained(base.folder),
         hc_num_streams=num_streams,
         hc_variant=variant,
         hc_init=init,
@@ -85,20 +83,16 @@ def convert_checkpoint(
         hc_sinkhorn_iterations=sinkhorn_iterations,
         hc_stream_embedding=stream_embedding,
     )
-    config.hc_conversion = origin_of(source, folder, base_model)
-    base = base_weights(folder, raw)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
+    config.hc_conversion = base.origin
     added = added_tensors(model)
-    used = [folder / "config.json", *(folder / name for name in base.files), *companion_files(folder)]
     with new_folder(destination) as target:
-        check_space(destination, [] if link in ("hardlink", "symlink") and not base.pickled else used)
-        base = bring_base(folder, target, base, link, progress)
-        check_unchanged(before, used)
+        base_files = base.bring_into(target, link, progress)
         if added:
             write_safetensors(target / HYPER_CONNECTIONS, added, initial_tensors(model))
-        _write_index(target, config, base.map, added)
+        _write_index(target, config, base_files, added)
         (target / CARD).write_text(model_card(config, destination.name), encoding="utf-8")
         report = ConversionReport(
             source=str(source),
@@ -107,14 +101,14 @@ def convert_checkpoint(
             num_streams=num_streams,
             variant=variant,
             init=init,
-            base_tensors=len(base.map),
+            base_tensors=len(base_files),
             added_parameters=sum(torch.Size(form.shape).numel() for form in added.values()),
             added_bytes=sum(form.nbytes for form in added.values()),
         )
         if verify:
-            report = verify_conversion(folder, target, report=report)
+            report = verify_conversion(base.folder, target, report=report)
             record_verification(target, report, destination.name)
-        check_unchanged(before, used)
+        base.check_unchanged()
     return report
 
 

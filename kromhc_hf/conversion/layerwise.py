@@ -21,7 +21,7 @@ from ..modeling.decoder_layer import HyperConnectedLayer
 from ..modeling.hyper_connection import readout
 from ..modeling.layer_spec import LayerSpec
 from ..modeling.modeling_kromhc import plan_connections
-from .files import pickled_weights, read_json, weight_map
+from .files import find_weights, read_json
 from .tensor_files import read_pickled
 
 
@@ -45,8 +45,8 @@ class LayerwiseModel:
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
         plan = plan_connections(self.model)
         self.layers = plan.layers
-        connected = isinstance(plan.layers[0], HyperConnectedLayer)
-        self.specs: list[LayerSpec] = [layer.spec for layer in plan.layers] if connected else plan.check()  # type: ignore[misc]
+        connected = [layer.spec for layer in plan.layers if isinstance(layer, HyperConnectedLayer)]
+        self.specs: list[LayerSpec] = connected or plan.check()
         conversions: Any = get_model_conversion_mapping(self.model)
         dtype_plan = self.model._get_dtype_plan(self.dtype)
         self.loading = LoadStateDictConfig(dtype=self.dtype, dtype_plan=dtype_plan, weight_mapping=conversions)
@@ -116,14 +116,12 @@ class _Source:
     """The tensors of a checkpoint, read from disk when they are asked for."""
 
     def __init__(self, folder: Path):
-        raw = read_json(folder / "config.json")
-        self.folder, self.pickled, pickled = folder, {}, pickled_weights(folder, raw)
-        if pickled is None:
-            self.files = weight_map(folder, raw)
-        else:
-            self.files = {}
-            for file in pickled[0]:
-                self.pickled.update(read_pickled(folder / file))
+        weights = find_weights(folder, read_json(folder / "config.json"))
+        self.folder = folder
+        self.files: dict[str, str] = {} if weights.pickled else weights.tensors
+        self.pickled: dict[str, Tensor] = {}
+        for file in weights.files if weights.pickled else ():
+            self.pickled.update(read_pickled(folder / file))
         self.names = [*self.files, *self.pickled]
 
     def read(self, names: list[str]) -> dict[str, Any]:
