@@ -1,4 +1,4 @@
-"""What is in the folder of a checkpoint: its weights, the tensors in them, the files that travel along."""
+"""What is in the folder of a checkpoint: its weights, the tensors in them, the files that travel along, its card."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+
+from ..modeling.model_card import MARK
 
 
 WEIGHTS = "model.safetensors"
@@ -170,3 +172,9 @@ def companion_files(folder: Path) -> list[Path]:
             if path.suffix in COMPANION_SUFFIXES or path.name.startswith(COMPANION_PREFIXES):
                 found.append(path)
     return found
+
+
+def may_write_card(folder: Path) -> bool:
+    """Whether the folder has no model card, or one that this package wrote and nobody has made their own."""
+    card = folder / CARD
+    return not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace")

@@ -20,7 +20,7 @@ from ..applying import apply_hyper_connections, has_hyper_connections
 from ..modeling.configuration_kromhc import FIELDS
 from ..modeling.model_card import model_card
 from ..training import hyper_connection_state_dict
-from .files import CARD, read_json
+from .files import CARD, may_write_card, read_json
 from .hub import upload
 
 
@@ -42,7 +42,7 @@ def save_hyper_connections(
 
     Args:
         model: a model with hyper-connections.
-        folder: where `hyper_connections.safetensors` and a model card are written.
+        folder: where `hyper_connections.safetensors` and a model card are written; a card of your own stays.
         base_model: Hub id or folder of the base; by default where the model says that it comes from.
         base_revision: commit of the base; by default the one that its main branch has now, None for a folder.
 
@@ -56,7 +56,8 @@ def save_hyper_connections(
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / FILE
     save_file(_tensors(model), path, metadata=metadata)
-    (Path(folder) / CARD).write_text(card, encoding="utf-8")
+    if may_write_card(Path(folder)):
+        (Path(folder) / CARD).write_text(card, encoding="utf-8")
     return path
 
 

@@ -27,6 +27,7 @@ from kromhc_hf import (
     save_hyper_connections,
 )
 from kromhc_hf.cli import main
+from kromhc_hf.modeling.model_card import MARK
 
 
 @pytest.fixture
@@ -107,6 +108,45 @@ def test_a_card_of_ones_own_is_kept(hub, converted):
     assert hub.files("ada/model")["README.md"].decode() == own
     AutoModelForCausalLM.from_pretrained("ada/model").push_to_hub("ada/model")
     assert ModelCard.load("ada/model").text.strip() == "# Mine"
+
+
+def test_a_card_with_the_mark_is_written_anew(hub, converted):
+    """Whatever else is in it, such as the wording of another version."""
+    (converted / "README.md").write_text(f"---\nlicense: mit\n---\n{MARK}\n\n# Older words\n")
+    push_checkpoint(converted, "ada/model")
+    pushed = hub.files("ada/model")["README.md"].decode()
+    assert pushed.splitlines().count(MARK) == 1
+    assert "Older words" not in pushed
+    assert 'from_pretrained("ada/model")' in pushed
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    model.config.hc_conversion = {}
+    model.push_to_hub("ada/model", tags=["poetry"])
+    card = ModelCard.load("ada/model")
+    assert "poetry" in card.data.tags
+    assert "base_model" not in card.data.to_dict()
+    assert card.text.strip().startswith(MARK)
+
+
+def test_a_configuration_saved_beside_its_model(hub, converted):
+    AutoConfig.from_pretrained(converted).save_pretrained(str(converted), push_to_hub=True, repo_id="ada/model")
+    card = (converted / "README.md").read_text()
+    assert "A configuration with" not in card
+    assert 'from_pretrained("ada/model")' in card
+
+
+@pytest.mark.parametrize("own", [b"# Mine\n", b"\xff\xfe"], ids=["text", "no-utf-8"])
+def test_hyper_connections_beside_a_card_of_ones_own(base, tmp_path, own):
+    model = apply_hyper_connections(AutoModelForCausalLM.from_pretrained(base))
+    card = tmp_path / "alone/README.md"
+    save_hyper_connections(model, card.parent)
+    written = card.read_text()
+    assert MARK in written
+    card.write_text(MARK)
+    save_hyper_connections(model, card.parent)
+    assert card.read_text() == written
+    card.write_bytes(own)
+    assert save_hyper_connections(model, card.parent).is_file()
+    assert card.read_bytes() == own
 
 
 def test_push_from_a_live_model(hub, converted):
