@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers.utils.hub
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import save_file
 from support.hub_server import TOKEN, HubServer
 from support.remote import visit_without_kromhc
 from support.tiny import configurations, make_model, token_ids
@@ -366,6 +367,50 @@ def test_hyper_connections_alone_in_a_folder(base, tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="must be a complete safetensors file"):
         load_hyper_connections(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        *(({key: None}, f"got {{.*}}, without '{key}'") for key in ("base_model", "base_revision", "model_type")),
+        ({"options": None}, "got {.*}, without 'options'"),
+        ({"options": ["num_streams"]}, r"got {.*\['num_streams'\]}"),
+        ({"options": {"n": 4}}, "got {.*{'n': 4}}"),
+        (None, "got None, without 'base_model'"),
+    ],
+    ids=["no-base", "no-revision", "no-model-type", "no-options", "list", "unknown-option", "nothing"],
+)
+def test_a_file_that_does_not_say_what_it_belongs_to(tmp_path, change, got):
+    description = {"base_model": "ada/base", "base_revision": None, "model_type": "llama", "options": {}}
+    for key, value in (change or {}).items():
+        description[key] = value
+        if value is None:
+            del description[key]
+    path = tmp_path / "hyper_connections.safetensors"
+    metadata = {"kromhc": json.dumps(None if change is None else description)}
+    save_file({"a": torch.zeros(1)}, path, metadata=metadata)
+    message = f"{path.name} must say which base and options .*; {got}. Save it again with save_hyper_connections"
+    with pytest.raises(ValueError, match=message):
+        load_hyper_connections(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (None, r"config.json does not exist\)"),
+        ("{}", r"config.json has model_type None\)"),
+        ('{"model_type": "gpt2"}', r"config.json has model_type 'gpt2'\)"),
+    ],
+    ids=["no-config", "no-model-type", "other-model-type"],
+)
+def test_a_folder_that_is_no_base_of_hyper_connections(tmp_path, config, reason):
+    model = apply_hyper_connections(make_model(configurations("llama")[0]))
+    (tmp_path / "base").mkdir()
+    if config is not None:
+        (tmp_path / "base/config.json").write_text(config)
+    with pytest.raises(ValueError, match=rf"of model_type 'llama'; got .*{reason}. Give it: base_model='ORG/NAME'"):
+        save_hyper_connections(model, tmp_path / "alone", base_model=str(tmp_path / "base"))
+    assert not (tmp_path / "alone").exists()
 
 
 def test_hyper_connections_alone_need_their_base(hub, converted, tmp_path):
