@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..modeling.configuration_kromhc import KromHCConfig
 from ..modeling.hyper_connection import Float32Module
 from ..modeling.model_card import model_card
-from .base import base_config, base_weights, bring_base, check_space, check_unchanged, fingerprints, origin_of
+from ..modeling.remote_code import auto_map, write_code
+from .base import BaseCheckpoint
 from .disk import check_link, new_folder
-from .files import CARD, WEIGHTS, WEIGHTS_INDEX, companion_files, read_json, resolve_source, write_json
+from .files import CARD, WEIGHTS, WEIGHTS_INDEX, write_json
 from .report import ConversionReport
 from .tensor_files import TensorForm, write_safetensors
 from .verification import verify_conversion
@@ -22,6 +23,18 @@ from .verification import verify_conversion
 
 HYPER_CONNECTIONS = "kromhc.safetensors"
 OWN_INDEX = "kromhc.safetensors.index.json"
+# The fields of a report that go into the configuration and the model card.
+VERIFICATION = (
+    "dtype",
+    "tokens",
+    "text",
+    "bitwise_equal",
+    "max_logit_difference",
+    "max_logit",
+    "mean_kl",
+    "top1_agreement",
+    "lossless",
+)
 
 
 def convert_checkpoint(
@@ -70,11 +83,9 @@ def convert_checkpoint(
             of another repository, or has been converted already.
     """
     check_link(link)
-    folder, destination = resolve_source(source, revision), Path(destination)
-    before = fingerprints(folder)
-    raw = base_config(folder)
+    base, destination = BaseCheckpoint.open(source, revision, base_model), Path(destination)
     config: Any = KromHCConfig(
-        backbone_config=AutoConfig.from_pretrained(folder),
+        backbone_config=AutoConfig.from_pretrained(base.folder),
         hc_num_streams=num_streams,
         hc_variant=variant,
         hc_init=init,
@@ -85,21 +96,22 @@ def convert_checkpoint(
         hc_sinkhorn_iterations=sinkhorn_iterations,
         hc_stream_embedding=stream_embedding,
     )
-    config.hc_conversion = origin_of(source, folder, base_model)
-    base = base_weights(folder, raw)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
+    config.hc_conversion = base.origin
     added = added_tensors(model)
-    used = [folder / "config.json", *(folder / name for name in base.files), *companion_files(folder)]
     with new_folder(destination) as target:
-        check_space(destination, [] if link in ("hardlink", "symlink") and not base.pickled else used)
-        base = bring_base(folder, target, base, link, progress)
-        check_unchanged(before, used)
+        base_files = base.bring_into(target, link, progress)
         if added:
             write_safetensors(target / HYPER_CONNECTIONS, added, initial_tensors(model))
-        _write_index(target, config, base.map, added)
-        (target / CARD).write_text(model_card(config, destination.name), encoding="utf-8")
+        index = WEIGHTS_INDEX
+        if (target / WEIGHTS).exists():
+            # transformers prefers model.safetensors to any index that is not named in the configuration.
+            index = config.transformers_weights = OWN_INDEX
+        _write_index(target / index, {**base_files, **dict.fromkeys(added, HYPER_CONNECTIONS)})
+        write_code(target)
+        _describe(target, config, destination.name)
         report = ConversionReport(
             source=str(source),
             destination=str(destination),
@@ -107,14 +119,16 @@ def convert_checkpoint(
             num_streams=num_streams,
             variant=variant,
             init=init,
-            base_tensors=len(base.map),
+            base_tensors=len(base_files),
             added_parameters=sum(torch.Size(form.shape).numel() for form in added.values()),
             added_bytes=sum(form.nbytes for form in added.values()),
         )
         if verify:
-            report = verify_conversion(folder, target, report=report)
-            record_verification(target, report, destination.name)
-        check_unchanged(before, used)
+            report = verify_conversion(base.folder, target, report=report)
+            numbers = {number: getattr(report, number) for number in VERIFICATION}
+            config.hc_conversion = {**base.origin, "verification": numbers}
+            _describe(target, config, destination.name)
+        base.check_unchanged()
     return report
 
 
@@ -151,29 +165,20 @@ def place(module: Float32Module, memory: Tensor) -> Float32Module:
     return module
 
 
-def record_verification(folder: Path, report: ConversionReport, name: str) -> None:
-    """Writes what a verification found into the configuration and the model card of a converted checkpoint."""
-    numbers = ["dtype", "tokens", "text", "bitwise_equal", "max_logit_difference", "max_logit", "mean_kl"]
-    numbers += ["top1_agreement", "lossless"]
-    content = read_json(folder / "config.json")
-    content["hc_conversion"]["verification"] = {number: getattr(report, number) for number in numbers}
-    write_json(folder / "config.json", content)
-    (folder / CARD).write_text(model_card(KromHCConfig.from_dict(content), name), encoding="utf-8")
+def _write_index(path: Path, files: dict[str, str]) -> None:
+    """Writes which file beside the index holds which tensor."""
+    size = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+    write_json(path, {"metadata": {"total_size": size}, "weight_map": files})
+
+
+def _describe(folder: Path, config: Any, name: str) -> None:
+    """Writes config.json and the model card, which say what is in the folder."""
+    # save_pretrained of a configuration would leave transformers_weights out.
+    config.auto_map = auto_map(type(config))
+    config.to_json_file(folder / "config.json")
+    (folder / CARD).write_text(model_card(config, name), encoding="utf-8")
 
 
 def _added_modules(model: torch.nn.Module) -> Iterator[tuple[str, Float32Module]]:
     """Hyper-connections, and learned ends of the streams where there are any."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Float32Module))
-
-
-def _write_index(target: Path, config: Any, base_map: dict[str, str], added: dict[str, TensorForm]) -> None:
-    config.save_pretrained(target)
-    content = read_json(target / "config.json")
-    index_name = WEIGHTS_INDEX
-    if set(base_map.values()) == {WEIGHTS}:
-        # transformers prefers model.safetensors to any index that is not named in the configuration.
-        index_name = content["transformers_weights"] = OWN_INDEX
-        write_json(target / "config.json", content)
-    files = {path.name: path.stat().st_size for path in target.glob("*.safetensors")}
-    names = {**base_map, **dict.fromkeys(added, HYPER_CONNECTIONS)}
-    write_json(target / index_name, {"metadata": {"total_size": sum(files.values())}, "weight_map": names})

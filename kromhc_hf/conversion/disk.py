@@ -1,4 +1,4 @@
-"""A new folder that appears all at once: a temporary folder beside it, flushed to disk, and one rename."""
+"""A new folder that appears all at once, and files of another one brought into it as copies or links."""
 
 import errno
 import os
@@ -9,12 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+LINKS = ("copy", "hardlink", "symlink", "reflink-if-possible")
+COPY_CHUNK = 16 * 2**20
+# The request of linux/fs.h that makes a file share the blocks of another one until either is written to.
+FICLONE = 0x40049409
+NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
+
+
 @contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
     """A temporary folder beside `destination` that becomes it in one rename when the block succeeds.
 
-    Until then the destination does not exist; when the block fails, or the process dies, no half of it does. What a
-    dead process left behind is removed by the next one with the same destination.
+    What is in it is flushed to disk first. Until then the destination does not exist; when the block fails, or the
+    process dies, no half of it does. What a dead process left behind is removed by the next one with the same
+    destination.
 
     Raises:
         FileExistsError: if the destination exists and is not an empty folder, or another process is making it.
@@ -103,13 +111,6 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-LINKS = ("copy", "hardlink", "symlink", "reflink-if-possible")
-COPY_CHUNK = 16 * 2**20
-# The request of linux/fs.h that makes a file share the blocks of another one until either is written to.
-FICLONE = 0x40049409
-NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
 
 
 def check_link(link: str) -> None:

@@ -1,20 +1,23 @@
-"""Checkpoint folders: which files hold the weights, what is in them, and which others travel with them."""
+"""What is in the folder of a checkpoint: its weights, the tensors in them, the files that travel along, its card."""
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from .tensor_files import PICKLED_INDEX, PICKLED_WEIGHTS
+from ..modeling.model_card import MARK
 
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, PICKLED_WEIGHTS, PICKLED_INDEX)
 CARD = "README.md"
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe")
 COMPANION_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -71,16 +74,28 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def weight_map(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Which file holds which tensor, from the safetensors headers alone: `{tensor name: file name}`.
+class Weights(NamedTuple):
+    """The weight files of a checkpoint, and which of them holds which tensor: `{tensor name: file name}`.
 
-    Every file is checked to be complete, and an index to agree with the files it names.
+    Of `.bin` files only what their index says is known, which is nothing for a single one.
+    """
+
+    files: list[str]
+    tensors: dict[str, str]
+    pickled: bool
+
+
+def find_weights(folder: Path, config: dict[str, Any]) -> Weights:
+    """The weights of a checkpoint: the files that its config.json names, else safetensors, else `.bin` files.
+
+    Every safetensors file is checked to be complete, and an index to agree with the headers of the files it names.
 
     Raises:
-        FileNotFoundError: if the folder has no safetensors weights, or not all that its index names.
+        FileNotFoundError: if the folder has no weights, or not all that its index names.
         ValueError: if a file is damaged, or does not hold what the index says.
     """
-    name = config.get("transformers_weights") or (WEIGHTS if (folder / WEIGHTS).is_file() else WEIGHTS_INDEX)
+    named = config.get("transformers_weights")
+    name = named or next((name for name in WEIGHT_FILES if (folder / name).is_file()), WEIGHTS_INDEX)
     if Path(name).name != name:
         raise ValueError(
             f"transformers_weights must name a file inside the checkpoint; got {name!r}. Correct config.json."
@@ -90,27 +105,16 @@ def weight_map(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             f"source must hold safetensors weights ({WEIGHTS} or {WEIGHTS_INDEX}), or older ones ({PICKLED_WEIGHTS} or "
             f"{PICKLED_INDEX}); {folder} has no {name}. Save the model with save_pretrained first."
         )
+    # transformers reads no .bin file that is named in config.json.
+    pickled = not named and name in (PICKLED_WEIGHTS, PICKLED_INDEX)
     if not name.endswith(".index.json"):
-        return dict.fromkeys(tensor_names(folder / name), name)
+        return Weights([name], {} if pickled else dict.fromkeys(tensor_names(folder / name), name), pickled)
     indexed = read_index(folder / name)
-    for shard in sorted(set(indexed.values())):
-        check_shard(folder / name, indexed, shard, tensor_names(folder / shard))
-    return indexed
-
-
-def pickled_weights(folder: Path, config: dict[str, Any]) -> tuple[list[str], dict[str, str]] | None:
-    """The `.bin` files of a checkpoint without safetensors, and what its index says is in them.
-
-    None if there are safetensors, or no weights at all.
-    """
-    if "transformers_weights" in config or any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
-        return None
-    if (folder / PICKLED_WEIGHTS).is_file():
-        return [PICKLED_WEIGHTS], {}
-    if (folder / PICKLED_INDEX).is_file():
-        indexed = read_index(folder / PICKLED_INDEX)
-        return sorted(set(indexed.values())), indexed
-    return None
+    files = sorted(set(indexed.values()))
+    if not pickled:
+        for file in files:
+            check_shard(folder / name, indexed, file, tensor_names(folder / file))
+    return Weights(files, indexed, pickled)
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -158,19 +162,19 @@ def tensor_names(path: Path) -> list[str]:
         raise ValueError(f"{path} must be a complete safetensors file; {error}. Fetch the file again.") from error
 
 
-def companions(folder: Path) -> Iterator[Path]:
+def companion_files(folder: Path) -> list[Path]:
     """The files that travel with the weights: tokenizer, generation settings, chat templates, licence."""
+    found: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name in COMPANION_FOLDERS:
-            yield path
+            found += sorted(file for file in path.rglob("*") if file.is_file())
         elif path.is_file() and not path.name.endswith(".index.json") and path.name != "config.json":
             if path.suffix in COMPANION_SUFFIXES or path.name.startswith(COMPANION_PREFIXES):
-                yield path
-
-
-def companion_files(folder: Path) -> list[Path]:
-    """The files of `companions`, folders opened up."""
-    found: list[Path] = []
-    for companion in companions(folder):
-        found += [companion] if companion.is_file() else sorted(path for path in companion.rglob("*") if path.is_file())
+                found.append(path)
     return found
+
+
+def may_write_card(folder: Path) -> bool:
+    """Whether the folder has no model card, or one that this package wrote and nobody has made their own."""
+    card = folder / CARD
+    return not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace")

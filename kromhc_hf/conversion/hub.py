@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..modeling.configuration_kromhc import PREFIX, KromHCConfig
 from ..modeling.model_card import model_card
-from .files import CARD, read_json
+from .files import CARD, may_write_card, read_json
 
 
 def push_checkpoint(
@@ -26,7 +26,8 @@ def push_checkpoint(
     """Uploads a converted checkpoint to the Hub as it is, without loading it, and returns the address of the commit.
 
     The repository is made if it does not exist. Everything appears in one commit. Files that the Hub already has are
-    not sent again, so after an interruption the same call goes on where the last one stopped.
+    not sent again, so after an interruption the same call goes on where the last one stopped. A model card that bears
+    the mark of this package is written anew for the repository, any other one is sent as it is.
 
     Args:
         folder: what `convert_checkpoint` or `save_pretrained` wrote.
@@ -46,9 +47,12 @@ def push_checkpoint(
             f"folder must hold a checkpoint with hyper-connections; {folder} has model_type "
             f"{content.get('model_type')!r}. Convert it first: kromhc convert {folder} DESTINATION."
         )
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD)
-    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
-    operations.append(CommitOperationAdd(CARD, _card(folder, KromHCConfig.from_dict(content), repo_id).encode()))
+    config = KromHCConfig.from_dict(content)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files: dict[str, str | bytes] = {path.relative_to(folder).as_posix(): str(path) for path in paths}
+    if may_write_card(folder):
+        files[CARD] = model_card(config, repo_id).encode()
+    operations = [CommitOperationAdd(name, file) for name, file in files.items()]
     return upload(operations, repo_id, private, revision, token, commit_message)
 
 
@@ -109,12 +113,3 @@ def _explained(repo_id: str) -> Iterator[None]:
             f"the upload to {repo_id!r} did not finish ({reason[0] if reason else type(error).__name__}); nothing was "
             "committed. Push the folder again (kromhc push): files that have arrived are not sent a second time."
         ) from error
-
-
-def _card(folder: Path, config: KromHCConfig, repo_id: str) -> str:
-    """The model card of the folder; the one that the conversion wrote gets the id of the repository."""
-    path = folder / CARD
-    present = path.read_text(encoding="utf-8") if path.is_file() else None
-    if present is None or present == model_card(config, folder.name):
-        return model_card(config, repo_id)
-    return present

@@ -20,12 +20,13 @@ from ..applying import apply_hyper_connections, has_hyper_connections
 from ..modeling.configuration_kromhc import FIELDS
 from ..modeling.model_card import model_card
 from ..training import hyper_connection_state_dict
-from .files import CARD, read_json
+from .files import CARD, may_write_card, read_json
 from .hub import upload
 
 
 FILE = "hyper_connections.safetensors"
 DESCRIPTION = "kromhc"
+DESCRIPTION_KEYS = ("base_model", "base_revision", "model_type", "options")
 
 
 def save_hyper_connections(
@@ -42,7 +43,7 @@ def save_hyper_connections(
 
     Args:
         model: a model with hyper-connections.
-        folder: where `hyper_connections.safetensors` and a model card are written.
+        folder: where `hyper_connections.safetensors` and a model card are written; a card of your own stays.
         base_model: Hub id or folder of the base; by default where the model says that it comes from.
         base_revision: commit of the base; by default the one that its main branch has now, None for a folder.
 
@@ -56,7 +57,8 @@ def save_hyper_connections(
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / FILE
     save_file(_tensors(model), path, metadata=metadata)
-    (Path(folder) / CARD).write_text(card, encoding="utf-8")
+    if may_write_card(Path(folder)):
+        (Path(folder) / CARD).write_text(card, encoding="utf-8")
     return path
 
 
@@ -162,11 +164,7 @@ def _description(
     elif base_model is None and origin is not None:
         base_model, base_revision = origin.get("base_model"), base_revision or origin.get("base_revision")
     model_type = config.backbone_config_class.model_type
-    if not base_model or not _may_be_base(Path(base_model), model_type):
-        raise ValueError(
-            f"base_model must be the Hub id or folder of a base checkpoint of model_type {model_type!r}; got "
-            f"{base_model!r}, which the model says it comes from. Give it: base_model='ORG/NAME'."
-        )
+    base_model = _checked_base(base_model, model_type)
     is_folder = Path(base_model).is_dir()
     if base_revision is None and not is_folder:
         base_revision = getattr(resolve_revision(base_model), "resolved", None)
@@ -181,9 +179,19 @@ def _description(
     return {"format": "pt", DESCRIPTION: json.dumps(description)}, model_card(config, name, weights="hyper-connections")
 
 
-def _may_be_base(folder: Path, model_type: str) -> bool:
-    """False for the folder of another kind of model; what an id stands for is seen when it is loaded."""
-    return not folder.is_dir() or read_json(folder / "config.json").get("model_type") == model_type
+def _checked_base(base_model: str | None, model_type: str) -> str:
+    """The Hub id or folder of the base, if it may be one; what an id stands for is seen when it is loaded."""
+    reason = ""
+    if base_model:
+        path = Path(base_model) / "config.json"
+        found = read_json(path).get("model_type") if path.is_file() else None
+        if found == model_type or not path.parent.is_dir():
+            return base_model
+        reason = f" ({path} has model_type {found!r})" if path.is_file() else f" ({path} does not exist)"
+    raise ValueError(
+        f"base_model must be the Hub id or folder of a base checkpoint of model_type {model_type!r}; got "
+        f"{base_model!r}, which the model says it comes from{reason}. Give it: base_model='ORG/NAME'."
+    )
 
 
 def _find(source: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
@@ -213,10 +221,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name).to(torch.float32) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be a complete safetensors file; {error}. Fetch the file again.") from error
+    known = description if isinstance(description, dict) else {}
+    missing = [key for key in DESCRIPTION_KEYS if key not in known]
     fields = {field.removeprefix("hc_") for field in FIELDS}
-    if not isinstance(description, dict) or not set(description.get("options", "?")) <= fields:
+    if missing or not isinstance(known["options"], dict) or not known["options"].keys() <= fields:
+        without = f", without {missing[0]!r}" if missing else ""
         raise ValueError(
             f"{path} must say which base and options it belongs to, as save_hyper_connections writes it; "
-            f"got {description!r}. Save it again with save_hyper_connections."
+            f"got {description!r}{without}. Save it again with save_hyper_connections."
         )
-    return description, tensors
+    return known, tensors

@@ -19,7 +19,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.hyper_connection import readout
-from .files import pickled_weights, read_json, weight_map
+from .files import find_weights, read_json
 from .tensor_files import read_pickled
 
 
@@ -112,14 +112,12 @@ class _Source:
     """The tensors of a checkpoint, read from disk when they are asked for."""
 
     def __init__(self, folder: Path):
-        raw = read_json(folder / "config.json")
-        self.folder, self.pickled, pickled = folder, {}, pickled_weights(folder, raw)
-        if pickled is None:
-            self.files = weight_map(folder, raw)
-        else:
-            self.files = {}
-            for file in pickled[0]:
-                self.pickled.update(read_pickled(folder / file))
+        weights = find_weights(folder, read_json(folder / "config.json"))
+        self.folder = folder
+        self.files: dict[str, str] = {} if weights.pickled else weights.tensors
+        self.pickled: dict[str, Tensor] = {}
+        for file in weights.files if weights.pickled else ():
+            self.pickled.update(read_pickled(folder / file))
         self.names = [*self.files, *self.pickled]
 
     def read(self, names: list[str]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Writes a safetensors file tensor by tensor, so that no more than one tensor is in memory."""
+"""Files of tensors: safetensors written one tensor at a time, and older `.bin` files rewritten as safetensors.
+
+No more than one tensor has to be in memory, and nothing that a `.bin` file holds is ever run.
+"""
 
 import json
 import pickle
@@ -71,10 +74,6 @@ def write_safetensors(
             file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if (missing := next(expected, None)) is not None:
             raise ValueError(f"{path.name} must get all tensors that its header names; {missing[0]} did not come.")
-
-
-PICKLED_WEIGHTS = "pytorch_model.bin"
-PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
 def safetensors_name(name: str) -> str:

@@ -5,6 +5,8 @@ import json
 from typing import Any
 
 
+# In every card of this package, by which it knows that nobody has made the card their own.
+MARK = "<!-- Written by kromhc-hf, and anew at every upload; remove this line to keep a card of your own. -->"
 TAGS = ("kromhc", "hyper-connections", "mhc", "text-generation")
 
 USE_WITH = """With kromhc-hf (`pip install kromhc-hf`), which runs no code from this repository:
@@ -86,7 +88,7 @@ def _metadata(origin: dict[str, Any], tags: tuple[str, ...], weights: str) -> st
         relation = "adapter" if weights == "hyper-connections" else "finetune"
         fields |= {"base_model": origin["base_model"], "base_model_relation": relation}
     fields |= origin.get("license") or {}
-    return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---", ""])
+    return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---", MARK, ""])
 
 
 def _description(config: Any, origin: dict[str, Any], weights: str) -> str:

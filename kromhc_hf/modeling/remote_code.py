@@ -23,7 +23,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .host import class_for_task
-from .model_card import model_card
+from .model_card import MARK, model_card
 
 
 AUTO_CLASSES: tuple[Any, ...] = (
@@ -113,8 +113,10 @@ class Shareable:
         # A card that somebody has written is left alone.
         card = Path(working_dir) / "README.md"
         present = card.read_text(encoding="utf-8") if card.is_file() else GENERIC_CARD
-        if GENERIC_CARD in present:
-            config, weights = getattr(self, "config", self), "all" if hasattr(self, "config") else "none"
+        if GENERIC_CARD in present or MARK in present:
+            # A configuration may be saved beside the weights of its model.
+            weights = "all" if hasattr(self, "config") or any(card.parent.glob("*.safetensors")) else "none"
+            config = getattr(self, "config", self)
             card.write_text(model_card(config, repo_id, tags=_tags(present), weights=weights), encoding="utf-8")
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 

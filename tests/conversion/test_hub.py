@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers.utils.hub
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import save_file
 from support.hub_server import TOKEN, HubServer
 from support.remote import visit_without_kromhc
 from support.tiny import configurations, make_model, token_ids
@@ -27,6 +28,7 @@ from kromhc_hf import (
     save_hyper_connections,
 )
 from kromhc_hf.cli import main
+from kromhc_hf.modeling.model_card import MARK
 
 
 @pytest.fixture
@@ -107,6 +109,45 @@ def test_a_card_of_ones_own_is_kept(hub, converted):
     assert hub.files("ada/model")["README.md"].decode() == own
     AutoModelForCausalLM.from_pretrained("ada/model").push_to_hub("ada/model")
     assert ModelCard.load("ada/model").text.strip() == "# Mine"
+
+
+def test_a_card_with_the_mark_is_written_anew(hub, converted):
+    """Whatever else is in it, such as the wording of another version."""
+    (converted / "README.md").write_text(f"---\nlicense: mit\n---\n{MARK}\n\n# Older words\n")
+    push_checkpoint(converted, "ada/model")
+    pushed = hub.files("ada/model")["README.md"].decode()
+    assert pushed.splitlines().count(MARK) == 1
+    assert "Older words" not in pushed
+    assert 'from_pretrained("ada/model")' in pushed
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    model.config.hc_conversion = {}
+    model.push_to_hub("ada/model", tags=["poetry"])
+    card = ModelCard.load("ada/model")
+    assert "poetry" in card.data.tags
+    assert "base_model" not in card.data.to_dict()
+    assert card.text.strip().startswith(MARK)
+
+
+def test_a_configuration_saved_beside_its_model(hub, converted):
+    AutoConfig.from_pretrained(converted).save_pretrained(str(converted), push_to_hub=True, repo_id="ada/model")
+    card = (converted / "README.md").read_text()
+    assert "A configuration with" not in card
+    assert 'from_pretrained("ada/model")' in card
+
+
+@pytest.mark.parametrize("own", [b"# Mine\n", b"\xff\xfe"], ids=["text", "no-utf-8"])
+def test_hyper_connections_beside_a_card_of_ones_own(base, tmp_path, own):
+    model = apply_hyper_connections(AutoModelForCausalLM.from_pretrained(base))
+    card = tmp_path / "alone/README.md"
+    save_hyper_connections(model, card.parent)
+    written = card.read_text()
+    assert MARK in written
+    card.write_text(MARK)
+    save_hyper_connections(model, card.parent)
+    assert card.read_text() == written
+    card.write_bytes(own)
+    assert save_hyper_connections(model, card.parent).is_file()
+    assert card.read_bytes() == own
 
 
 def test_push_from_a_live_model(hub, converted):
@@ -326,6 +367,50 @@ def test_hyper_connections_alone_in_a_folder(base, tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="must be a complete safetensors file"):
         load_hyper_connections(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        *(({key: None}, f"got {{.*}}, without '{key}'") for key in ("base_model", "base_revision", "model_type")),
+        ({"options": None}, "got {.*}, without 'options'"),
+        ({"options": ["num_streams"]}, r"got {.*\['num_streams'\]}"),
+        ({"options": {"n": 4}}, "got {.*{'n': 4}}"),
+        (None, "got None, without 'base_model'"),
+    ],
+    ids=["no-base", "no-revision", "no-model-type", "no-options", "list", "unknown-option", "nothing"],
+)
+def test_a_file_that_does_not_say_what_it_belongs_to(tmp_path, change, got):
+    description = {"base_model": "ada/base", "base_revision": None, "model_type": "llama", "options": {}}
+    for key, value in (change or {}).items():
+        description[key] = value
+        if value is None:
+            del description[key]
+    path = tmp_path / "hyper_connections.safetensors"
+    metadata = {"kromhc": json.dumps(None if change is None else description)}
+    save_file({"a": torch.zeros(1)}, path, metadata=metadata)
+    message = f"{path.name} must say which base and options .*; {got}. Save it again with save_hyper_connections"
+    with pytest.raises(ValueError, match=message):
+        load_hyper_connections(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (None, r"config.json does not exist\)"),
+        ("{}", r"config.json has model_type None\)"),
+        ('{"model_type": "gpt2"}', r"config.json has model_type 'gpt2'\)"),
+    ],
+    ids=["no-config", "no-model-type", "other-model-type"],
+)
+def test_a_folder_that_is_no_base_of_hyper_connections(tmp_path, config, reason):
+    model = apply_hyper_connections(make_model(configurations("llama")[0]))
+    (tmp_path / "base").mkdir()
+    if config is not None:
+        (tmp_path / "base/config.json").write_text(config)
+    with pytest.raises(ValueError, match=rf"of model_type 'llama'; got .*{reason}. Give it: base_model='ORG/NAME'"):
+        save_hyper_connections(model, tmp_path / "alone", base_model=str(tmp_path / "base"))
+    assert not (tmp_path / "alone").exists()
 
 
 def test_hyper_connections_alone_need_their_base(hub, converted, tmp_path):
