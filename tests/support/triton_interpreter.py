@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.connected import connected, tiny_llama
 
-from kromhc_hf import HyperConnection, apply_hyper_connections, hyper_connection, record_mappings
+from kromhc_hf import HyperConnection, apply_hyper_connections, record_mappings
+from kromhc_hf.modeling import hyper_connection
 from kromhc_hf.modeling.kernels import UnwrittenStreams, fuses
 
 
