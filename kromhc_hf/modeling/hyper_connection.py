@@ -86,14 +86,14 @@ def check_init(name: str, readout_kind: str = "mean") -> None:
         )
 
 
-def observed(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether anything but the forward of its class sees what the module is called with."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     # Offloading puts a forward of its own on the instance.
     return any(hooks) or "forward" in vars(module) or bool(nn.modules.module._has_any_global_hook())
 
 
-class Float32Module(nn.Module):
+class StreamModule(nn.Module):
     """A module of the hyper-connections: its parameters stay fp32 (or wider) whatever `.to(dtype)` asks for.
 
     Mappings computed from 16-bit parameters miss double stochasticity by 1e-2 of mass per layer.
@@ -103,7 +103,7 @@ class Float32Module(nn.Module):
         """Puts the parameters to their initial values, except those that a checkpoint has already filled."""
         raise NotImplementedError
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Module":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StreamModule":
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device, torch.float32)
@@ -111,7 +111,7 @@ class Float32Module(nn.Module):
         return super()._apply(keep_wide, recurse)
 
 
-class HyperConnection(Float32Module):
+class HyperConnection(StreamModule):
     r"""Hyper-connection around one residual branch `F`, with a constrained `h_res` (arXiv 2601.21579, eq. 5-9).
 
         streams [B, S, n, C] --+-- h_pre ---> branch_input [B, S, C] --> F --> branch_output [B, S, C]
@@ -225,7 +225,7 @@ class HyperConnection(Float32Module):
 
     def writes_first(self, write: Callable[[Tensor], Tensor]) -> bool:
         """Whether `forward` takes `UnwrittenStreams` of this depth connection, and nobody else would see them."""
-        if self.kernel == "torch" or not isinstance(write, TritonWrite) or observed(self):
+        if self.kernel == "torch" or not isinstance(write, TritonWrite) or has_hooks(self):
             return False
         if write.tokens.shape[1] != self.num_streams or not fuses(self.weight, self):
             return False

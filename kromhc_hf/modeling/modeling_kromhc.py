@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_kromhc import PREFIX, KromHCConfig, config_class, config_class_named
 from .decoder_layer import END_NAMES, HyperConnectedLayer, connect_layer
-from .hyper_connection import Float32Module, readout
+from .hyper_connection import StreamModule, readout
 from .layer_fit import fit_layer, layer_specs, supported_model_types
 from .layer_spec import LayerSpec, attribute
 from .remote_code import Shareable, class_name
@@ -90,7 +90,7 @@ class HyperConnectedModel(Shareable):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Float32Module):
+        if isinstance(module, StreamModule):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
