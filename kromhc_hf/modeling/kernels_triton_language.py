@@ -1,9 +1,11 @@
-"""What the Triton kernels share: whether Triton is there, rounding, the gates and the read of a block of tokens."""
+"""What the Triton kernels share: whether Triton is there, rounding, the gates and the read of a block of tokens.
+
+All files of kernels begin as this one: mypy does not check them, since the language of kernels is not Python and its
+types are not types; and annotations stay text, which Triton reads, and without Triton nothing could evaluate them.
+"""
 
 # mypy: ignore-errors
-# (the language of kernels is not Python, and its types are not types)
 
-# Triton reads annotations as text, and without Triton there would be nothing to evaluate them with.
 from __future__ import annotations
 
 import os
