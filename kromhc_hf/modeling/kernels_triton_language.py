@@ -15,6 +15,8 @@ from importlib.util import find_spec
 
 import torch
 
+from .mixing import snap_distance
+
 
 # Not an import statement: this file travels to the Hub, and Triton is not needed to use it.
 AVAILABLE = find_spec("triton") is not None
@@ -28,6 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = 16
 # TF32 would round the streams to 11 bits.
 PRECISION = AVAILABLE and tl.constexpr("ieee")
+SNAP_DISTANCE = AVAILABLE and tl.constexpr(snap_distance(torch.float32))
 
 
 def jit(function):
@@ -53,8 +56,7 @@ def rounded(value, dtype: tl.constexpr):
 
 @jit
 def snapped(total):
-    # As in `snapped_sum`: 4 eps of fp32.
-    return tl.where(tl.abs(total - 1.0) <= 4.76837158203125e-07, 1.0, total)
+    return tl.where(tl.abs(total - 1.0) <= SNAP_DISTANCE, 1.0, total)
 
 
 @jit
