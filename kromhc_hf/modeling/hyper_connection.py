@@ -17,8 +17,8 @@ from .kernels import (
     fuses,
     select_connect,
 )
-from .kernels_eager import cast, without_autocast
-from .mixing import SINKHORN_ITERATIONS, snapped_sum
+from .kernels_eager import without_autocast
+from .mixing import SINKHORN_ITERATIONS, cast, snapped_sum
 from .variants import make_mixing
 
 
@@ -169,14 +169,13 @@ class HyperConnection(StreamModule):
         self.hidden_size, self.num_streams, self.variant = hidden_size, num_streams, variant
         self.branch_index, self.init, self.residual_logit = branch_index, init, residual_logit
         self.dynamic, self.eps = dynamic, eps
-        self.sizes = (num_streams, num_streams, self.mixing.num_logits)
 
         # The dtype is explicit because models are built under their own default dtype.
         def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
             wanted = wanted and num_streams > 1
             return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)) if wanted else None
 
-        self.bias = parameter(sum(self.sizes))
+        self.bias = parameter(sum(self.mixing.sizes))
         self.weight = parameter(*self.mixing.weight_shape(hidden_size), wanted=dynamic)
         self.alpha = parameter(3, wanted=dynamic)
         self.reset_parameters()
@@ -205,7 +204,7 @@ class HyperConnection(StreamModule):
             assert self.bias is not None
             assert self.alpha is not None
             with without_autocast(streams.branch_output):
-                return connect_unwritten(streams, self.weight, self.bias, self.alpha, self)
+                return connect_unwritten(streams, self.weight, self.bias, self.alpha, self.mixing, self.eps)
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
         dtype = self._dtype(streams)
@@ -213,7 +212,7 @@ class HyperConnection(StreamModule):
         weight, bias, alpha = (optional_cast(p, dtype) for p in (self.weight, self.bias, self.alpha))
         assert bias is not None
         with without_autocast(streams):
-            branch_input, write_back = connect(streams, weight, bias, alpha, self)
+            branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps)
         if isinstance(write_back, TritonWrite):
             return branch_input, write_back
 
@@ -227,7 +226,7 @@ class HyperConnection(StreamModule):
         """Whether `forward` takes `UnwrittenStreams` of this depth connection, and nobody else would see them."""
         if self.kernel == "torch" or not isinstance(write, TritonWrite) or has_hooks(self):
             return False
-        if write.tokens.shape[1] != self.num_streams or not fuses(self.weight, self):
+        if write.tokens.shape[1] != self.num_streams or not fuses(self.weight, self.mixing):
             return False
         return select_connect(self.kernel, write.tokens, self._dtype(write.tokens)) is connect_triton
 
@@ -237,11 +236,10 @@ class HyperConnection(StreamModule):
         if self.num_streams == 1:
             one = torch.ones(*leading, 1, dtype=dtype, device=streams.device)
             return Mappings(one, one, one.unsqueeze(-1))
+        assert self.bias is not None
         with torch.autocast(streams.device.type, enabled=False):
-            h_pre, h_post, logits = self.gates(*self._projected(streams.to(dtype)), self.bias, self.alpha)
-            h_res = self.mixing.matrix(logits)
-        n = self.num_streams
-        return Mappings(h_pre.expand(*leading, n), h_post.expand(*leading, n), h_res.expand(*leading, n, n))
+            projected = self._projected(streams.to(dtype))
+            return Mappings(*self.mixing.mappings(*projected, self.bias, self.alpha, self.eps, leading))
 
     def _dtype(self, streams: Tensor) -> torch.dtype:
         """What coefficients are computed in."""
@@ -257,40 +255,6 @@ class HyperConnection(StreamModule):
             return None, None
         features = wide.flatten(-2).unflatten(-1, (-1, self.weight.shape[1]))
         return F.linear(features, self.weight.to(wide.dtype)), features.square().mean(-1)
-
-    def gates(
-        self, products: Tensor | None, squares: Tensor | None, bias: Tensor | None, alpha: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`h_pre [..., n]`, `h_post [..., n]` and the residual logits; without leading dimensions if static.
-
-        Args:
-            products: of the features with the weight, `[..., G, outputs]`, in G groups of the weight's width; None if
-                the mappings are static.
-            squares: the mean squares of the groups `[..., G]`, None with them.
-            bias: in the dtype to compute in, as is alpha.
-        """
-        assert bias is not None
-        dtype = bias.dtype if products is None else products.dtype
-        pre, post, residual = cast(bias, dtype).split_with_sizes(self.sizes)
-        if products is not None and squares is not None and alpha is not None:
-            dynamic = self.mixing.predict(products, torch.rsqrt(squares + self.eps).unsqueeze(-1))
-            pre, post, residual = (
-                torch.addcmul(bias, a, d)
-                for bias, a, d in zip(
-                    (pre, post, residual), cast(alpha, dtype).unbind(), dynamic.split_with_sizes(self.sizes, -1)
-                )
-            )
-        return *self.mixing.gates(pre, post), residual
-
-    def coefficients(
-        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None, tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All mappings of `tokens` tokens: `[T, n]`, `[T, n]` and `[T, n, n]`."""
-        h_pre, h_post, logits = self.gates(products, squares, bias, alpha)
-        h_res = self.mixing.matrix(logits)
-        if products is not None:
-            return h_pre, h_post, h_res
-        return h_pre.expand(tokens, -1), h_post.expand(tokens, -1), h_res.expand(tokens, -1, -1)
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.dynamic else "static"

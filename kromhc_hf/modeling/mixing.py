@@ -111,6 +111,46 @@ class Mixing:
         half = torch.sigmoid(post)
         return torch.sigmoid(pre), half + half  # exactly twice, without making a tensor of the 2
 
+    def weights_and_logits(
+        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`h_pre [..., n]`, `h_post [..., n]` and the residual logits; without leading dimensions if static.
+
+        Args:
+            products: as in `predict`; None if the mappings are static.
+            squares: the mean squares of the groups `[..., G]`, None with them.
+            bias: the static part `[n + n + num_logits]`.
+            alpha: what the predictions for read weights, write weights and mixing are multiplied with, `[3]`.
+            eps: added to the mean squares.
+        """
+        dtype = bias.dtype if products is None else products.dtype
+        pre, post, residual = cast(bias, dtype).split_with_sizes(self.sizes)
+        if products is not None and squares is not None and alpha is not None:
+            dynamic = self.predict(products, torch.rsqrt(squares + eps).unsqueeze(-1))
+            pre, post, residual = (
+                torch.addcmul(static, a, d)
+                for static, a, d in zip(
+                    (pre, post, residual), cast(alpha, dtype).unbind(), dynamic.split_with_sizes(self.sizes, -1)
+                )
+            )
+        return *self.gates(pre, post), residual
+
+    def mappings(
+        self,
+        products: Tensor | None,
+        squares: Tensor | None,
+        bias: Tensor,
+        alpha: Tensor | None,
+        eps: float,
+        leading: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`h_pre [..., n]`, `h_post [..., n]` and `h_res [..., n, n]`, with these leading dimensions also if static."""
+        h_pre, h_post, logits = self.weights_and_logits(products, squares, bias, alpha, eps)
+        h_res = self.matrix(logits)
+        if products is not None:
+            return h_pre, h_post, h_res
+        return h_pre.expand(*leading, -1), h_post.expand(*leading, -1), h_res.expand(*leading, -1, -1)
+
 
 class DenseMixing(Mixing):
     """A variant that builds `h_res` entry by entry, by default from as many logits; subclasses write `matrix`."""
@@ -152,6 +192,11 @@ def uneven_weights(favoured: Tensor) -> Tensor:
     n = favoured.numel()
     # The dtype is explicit because models are built under their own default dtype.
     return torch.full((n,), 1 / (2 * n), dtype=torch.float64).masked_fill(favoured, (n + 1) / (2 * n))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype; not even an operation if it is."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def snap_distance(dtype: torch.dtype) -> float:
