@@ -136,7 +136,7 @@ def _grow_hyper_connection(old: HyperConnection, digit: Digit, kept: float) -> H
     assert new.bias is not None
     # Over all branches each copy is preferred equally often; within one branch the copies must differ.
     preferred = digit.copy == old.branch_index // old.num_streams % digit.size
-    pre, post, residual = old.bias.split(old.sizes)
+    pre, post, residual = old.bias.split(old.mixing.sizes)
     pre, slope = _split_sigmoid(pre[digit.stream], _shares(preferred, digit.size, kept))
     logits = list(residual.split(old.mixing.logits_per_factor))
     first_logit = sum(new.mixing.logits_per_factor[: digit.position])
@@ -144,7 +144,7 @@ def _grow_hyper_connection(old: HyperConnection, digit: Digit, kept: float) -> H
     logits.insert(digit.position, new.bias[2 * new.num_streams + first_logit :][:added].to(pre))
     values = {"bias": torch.cat([pre, post[digit.stream], *logits])}
     if old.weight is not None and old.alpha is not None:
-        pre, post, residual = _grow_columns(old.weight, digit).split(old.sizes)
+        pre, post, residual = _grow_columns(old.weight, digit).split(old.mixing.sizes)
         rows = list(residual.split(old.mixing.logits_per_factor))
         rows.insert(digit.position, residual.new_zeros(added, residual.shape[1]))
         values["weight"] = torch.cat([pre[digit.stream] * slope[:, None], post[digit.stream], *rows])

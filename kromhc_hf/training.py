@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modeling.hyper_connection import Float32Module
+from .modeling.hyper_connection import StreamModule
 
 
 # 3e-3 for the hyper-connections beside 1e-4 for LoRA on the backbone: "mHC for PEFT", arXiv 2607.18130.
@@ -22,7 +22,7 @@ def hyper_connection_parameters(model: nn.Module) -> list[nn.Parameter]:
     connections = [
         module
         for path, module in model.named_modules()
-        if isinstance(module, Float32Module) and "original_module" not in path.split(".")
+        if isinstance(module, StreamModule) and "original_module" not in path.split(".")
     ]
     parameters = [parameter for connection in connections for parameter in connection.parameters()]
     if not parameters:
@@ -143,7 +143,7 @@ def hyper_connection_state_dict(model: nn.Module) -> dict[str, Tensor]:
     tensors = {
         f"{path}.{name}": parameter.detach()
         for path, module in model.named_modules()
-        if isinstance(module, Float32Module)
+        if isinstance(module, StreamModule)
         for name, parameter in module.named_parameters()
     }
     return {
@@ -186,6 +186,6 @@ def shard_hyper_connections(model: nn.Module, mesh: Any = None) -> nn.Module:
     hyper_connection_parameters(model)
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in model.modules():
-        if isinstance(module, Float32Module):
+        if isinstance(module, StreamModule):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     return model

@@ -10,13 +10,13 @@ import yaml
 
 from benchmarks.study.statistics import MOST_SEEDS
 from kromhc_hf.modeling.hyper_connection import check_init
-from kromhc_hf.modeling.variants import make_mixing
+from kromhc_hf.modeling.variants import VARIANTS, make_mixing
 
 
 TRAINED = ("all", "hyper_connections", "lora", "lora_and_hyper_connections")
 SYMMETRY_BREAKING = ("peaked_reads", "unequal_writes")
 # Unequal writes keep the mean of the streams only where the columns of h_res sum to 1 exactly.
-EXACTLY_DOUBLY_STOCHASTIC = ("kromhc", "identity", "mhc_lite", "tbp")
+EXACTLY_DOUBLY_STOCHASTIC = tuple(name for name, kind in VARIANTS.items() if kind.doubly_stochastic == "exactly")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..modeling.configuration_kromhc import KromHCConfig
-from ..modeling.hyper_connection import Float32Module
+from ..modeling.hyper_connection import StreamModule
 from ..modeling.model_card import model_card
 from ..modeling.remote_code import auto_map, write_code
 from .base import BaseCheckpoint
@@ -152,7 +152,7 @@ def initial_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         module.to_empty(device="meta")
 
 
-def place(module: Float32Module, memory: Tensor) -> Float32Module:
+def place(module: StreamModule, memory: Tensor) -> StreamModule:
     """Puts the parameters of a module one after the other into `memory` `[N]`, uninitialised."""
     begin = 0
 
@@ -179,6 +179,6 @@ def _describe(folder: Path, config: Any, name: str) -> None:
     (folder / CARD).write_text(model_card(config, name), encoding="utf-8")
 
 
-def _added_modules(model: torch.nn.Module) -> Iterator[tuple[str, Float32Module]]:
+def _added_modules(model: torch.nn.Module) -> Iterator[tuple[str, StreamModule]]:
     """Hyper-connections, and learned ends of the streams where there are any."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Float32Module))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, StreamModule))

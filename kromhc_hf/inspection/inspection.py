@@ -139,7 +139,7 @@ def compared_sum_errors(num_streams: int, depth: int) -> dict[str, list[float]]:
             continue
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(depth, COMPARED_DRAWS, mixing.num_logits, generator=generator)
-        std = COMPARED_ENTRY_STD if variant == "hc" else COMPARED_LOGIT_STD
+        std = COMPARED_ENTRY_STD if mixing.doubly_stochastic == "no" else COMPARED_LOGIT_STD
         h_res = mixing.matrix(mixing.initial_logits(4.0) + std * noise)
         errors[variant] = [doubly_stochastic_error(product) for product in composite_products(list(h_res))[0]]
     return errors

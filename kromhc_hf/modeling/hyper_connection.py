@@ -18,8 +18,8 @@ from .kernels import (
     fuses,
     select_connect,
 )
-from .kernels_eager import cast, without_autocast
-from .mixing import SINKHORN_ITERATIONS, snapped_sum
+from .kernels_eager import without_autocast
+from .mixing import SINKHORN_ITERATIONS, cast, snapped_sum
 from .variants import make_mixing
 
 
@@ -87,14 +87,14 @@ def check_init(name: str, readout_kind: str = "mean") -> None:
         )
 
 
-def observed(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether anything but the forward of its class sees what the module is called with."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     # Offloading puts a forward of its own on the instance.
     return any(hooks) or "forward" in vars(module) or bool(nn.modules.module._has_any_global_hook())
 
 
-class Float32Module(nn.Module):
+class StreamModule(nn.Module):
     """A module of the hyper-connections: its parameters stay fp32 (or wider) whatever `.to(dtype)` asks for.
 
     Mappings computed from 16-bit parameters miss double stochasticity by 1e-2 of mass per layer.
@@ -104,7 +104,7 @@ class Float32Module(nn.Module):
         """Puts the parameters to their initial values, except those that a checkpoint has already filled."""
         raise NotImplementedError
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Module":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StreamModule":
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device, torch.float32)
@@ -112,7 +112,7 @@ class Float32Module(nn.Module):
         return super()._apply(keep_wide, recurse)
 
 
-class HyperConnection(Float32Module):
+class HyperConnection(StreamModule):
     r"""Hyper-connection around one residual branch `F`, with a constrained `h_res` (arXiv 2601.21579, eq. 5-9).
 
         streams [B, S, n, C] --+-- h_pre ---> branch_input [B, S, C] --> F --> branch_output [B, S, C]
@@ -170,14 +170,13 @@ class HyperConnection(Float32Module):
         self.hidden_size, self.num_streams, self.variant = hidden_size, num_streams, variant
         self.branch_index, self.init, self.residual_logit = branch_index, init, residual_logit
         self.dynamic, self.eps = dynamic, eps
-        self.sizes = (num_streams, num_streams, self.mixing.num_logits)
 
         # The dtype is explicit because models are built under their own default dtype.
         def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
             wanted = wanted and num_streams > 1
             return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)) if wanted else None
 
-        self.bias = parameter(sum(self.sizes))
+        self.bias = parameter(sum(self.mixing.sizes))
         self.weight = parameter(*self.mixing.weight_shape(hidden_size), wanted=dynamic)
         self.alpha = parameter(3, wanted=dynamic)
         self.reset_parameters()
@@ -206,7 +205,7 @@ class HyperConnection(Float32Module):
             assert self.bias is not None
             assert self.alpha is not None
             with without_autocast(streams.branch_output):
-                return connect_unwritten(streams, self.weight, self.bias, self.alpha, self)
+                return connect_unwritten(streams, self.weight, self.bias, self.alpha, self.mixing, self.eps)
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
         dtype = self._dtype(streams)
@@ -214,7 +213,7 @@ class HyperConnection(Float32Module):
         weight, bias, alpha = (optional_cast(p, dtype) for p in (self.weight, self.bias, self.alpha))
         assert bias is not None
         with without_autocast(streams):
-            branch_input, write_back = connect(streams, weight, bias, alpha, self)
+            branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps)
         if isinstance(write_back, TritonWrite):
             return branch_input, write_back
 
@@ -226,9 +225,9 @@ class HyperConnection(Float32Module):
 
     def writes_first(self, write: Callable[[Tensor], Tensor]) -> bool:
         """Whether `forward` takes `UnwrittenStreams` of this depth connection, and nobody else would see them."""
-        if self.kernel == "torch" or not isinstance(write, TritonWrite) or observed(self):
+        if self.kernel == "torch" or not isinstance(write, TritonWrite) or has_hooks(self):
             return False
-        if write.tokens.shape[1] != self.num_streams or not fuses(self.weight, self):
+        if write.tokens.shape[1] != self.num_streams or not fuses(self.weight, self.mixing):
             return False
         return select_connect(self.kernel, write.tokens, self._dtype(write.tokens)) is connect_triton
 
@@ -238,11 +237,10 @@ class HyperConnection(Float32Module):
         if self.num_streams == 1:
             one = torch.ones(*leading, 1, dtype=dtype, device=streams.device)
             return Mappings(one, one, one.unsqueeze(-1))
+        assert self.bias is not None
         with torch.autocast(streams.device.type, enabled=False):
-            h_pre, h_post, logits = self.gates(*self._projected(streams.to(dtype)), self.bias, self.alpha)
-            h_res = self.mixing.matrix(logits)
-        n = self.num_streams
-        return Mappings(h_pre.expand(*leading, n), h_post.expand(*leading, n), h_res.expand(*leading, n, n))
+            projected = self._projected(streams.to(dtype))
+            return Mappings(*self.mixing.mappings(*projected, self.bias, self.alpha, self.eps, leading))
 
     def _dtype(self, streams: Tensor) -> torch.dtype:
         """What coefficients are computed in."""
@@ -258,40 +256,6 @@ class HyperConnection(Float32Module):
             return None, None
         features = wide.flatten(-2).unflatten(-1, (-1, self.weight.shape[1]))
         return F.linear(features, self.weight.to(wide.dtype)), features.square().mean(-1)
-
-    def gates(
-        self, products: Tensor | None, squares: Tensor | None, bias: Tensor | None, alpha: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`h_pre [..., n]`, `h_post [..., n]` and the residual logits; without leading dimensions if static.
-
-        Args:
-            products: of the features with the weight, `[..., G, outputs]`, in G groups of the weight's width; None if
-                the mappings are static.
-            squares: the mean squares of the groups `[..., G]`, None with them.
-            bias: in the dtype to compute in, as is alpha.
-        """
-        assert bias is not None
-        dtype = bias.dtype if products is None else products.dtype
-        pre, post, residual = cast(bias, dtype).split_with_sizes(self.sizes)
-        if products is not None and squares is not None and alpha is not None:
-            dynamic = self.mixing.predict(products, torch.rsqrt(squares + self.eps).unsqueeze(-1))
-            pre, post, residual = (
-                torch.addcmul(bias, a, d)
-                for bias, a, d in zip(
-                    (pre, post, residual), cast(alpha, dtype).unbind(), dynamic.split_with_sizes(self.sizes, -1)
-                )
-            )
-        return *self.mixing.gates(pre, post), residual
-
-    def coefficients(
-        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None, tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All mappings of `tokens` tokens: `[T, n]`, `[T, n]` and `[T, n, n]`."""
-        h_pre, h_post, logits = self.gates(products, squares, bias, alpha)
-        h_res = self.mixing.matrix(logits)
-        if products is not None:
-            return h_pre, h_post, h_res
-        return h_pre.expand(tokens, -1), h_post.expand(tokens, -1), h_res.expand(tokens, -1, -1)
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.dynamic else "static"

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from .kernels_compiled import Project, Read, Write
-from .kernels_eager import Mapper, connect
+from .kernels_eager import connect
 from .kernels_triton import project, read, write
 from .kernels_triton_fused import LARGEST_OUTPUTS, LARGEST_STREAMS, width, write_width
 from .kernels_triton_language import AVAILABLE, DTYPES, INTERPRETED
+from .mixing import Mixing
 
 
 KERNELS = ("auto", "torch", "triton")
 
-# From streams `[..., n, C]`, weight, bias, alpha and what maps them to the branch input `[..., C]` and the depth
+# From streams `[..., n, C]`, weight, bias, alpha, the mixing and eps to the branch input `[..., C]` and the depth
 # connection, which takes the branch output.
-Connect = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, Mapper], tuple[Tensor, Callable[[Tensor], Tensor]]]
+Connect = Callable[
+    [Tensor, Tensor | None, Tensor, Tensor | None, Mixing, float], tuple[Tensor, Callable[[Tensor], Tensor]]
+]
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def select_connect(kernel: str, streams: Tensor, dtype: torch.dtype) -> Connect:
             return connect_triton
         if kernel == "triton":
             raise ValueError(f"kernel 'triton' {reason}. Use kernel='auto' or kernel='torch'.")
-    return partial(connect_passes, COMPOSITE) if torch.compiler.is_compiling() else connect
+    return partial(connect_passes, passes=COMPOSITE) if torch.compiler.is_compiling() else connect
 
 
 def _obstacle(streams: Tensor, dtype: torch.dtype, interpreted: bool) -> str | None:
@@ -94,51 +97,57 @@ def _obstacle(streams: Tensor, dtype: torch.dtype, interpreted: bool) -> str | N
 
 
 def connect_passes(
-    passes: Passes, streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mapper: Mapper
+    streams: Tensor,
+    weight: Tensor | None,
+    bias: Tensor,
+    alpha: Tensor | None,
+    mixing: Mixing,
+    eps: float,
+    passes: Passes,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The branch input `[..., C]` of streams `[..., n, C]`, and the depth connection, which takes the branch output."""
     tokens = streams.flatten(0, -3)
     products, squares = (None, None) if weight is None else passes.project(tokens, weight)
-    h_pre, h_post, h_res = mapper.coefficients(products, squares, bias, alpha, tokens.shape[0])
+    h_pre, h_post, h_res = mixing.mappings(products, squares, bias, alpha, eps, tokens.shape[:1])
     branch_input = passes.read(tokens, h_pre)
 
     def write_back(branch_output: Tensor) -> Tensor:
         output = branch_output.flatten(0, -2)
-        return passes.write(tokens, h_res, h_post, output, mapper.mixing.rows_sum_to_one).view(streams.shape)
+        return passes.write(tokens, h_res, h_post, output, mixing.rows_sum_to_one).view(streams.shape)
 
     return branch_input.view(*streams.shape[:-2], -1), write_back
 
 
-def fuses(weight: Tensor | None, mapper: Mapper) -> bool:
+def fuses(weight: Tensor | None, mixing: Mixing) -> bool:
     """Whether one Triton kernel makes the whole width connection."""
-    if weight is None or not mapper.mixing.plain_gates:
+    if weight is None or not mixing.plain_gates:
         return False
-    return mapper.mixing.num_streams <= LARGEST_STREAMS and weight.shape[0] <= LARGEST_OUTPUTS
+    return mixing.num_streams <= LARGEST_STREAMS and weight.shape[0] <= LARGEST_OUTPUTS
 
 
 def connect_triton(
-    streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mapper: Mapper
+    streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mixing: Mixing, eps: float
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The same in Triton, and in one kernel where the gates are sigmoids of one projection."""
-    if weight is None or alpha is None or not fuses(weight, mapper):
-        return connect_passes(TRITON, streams, weight, bias, alpha, mapper)
+    if weight is None or alpha is None or not fuses(weight, mixing):
+        return connect_passes(streams, weight, bias, alpha, mixing, eps, TRITON)
     tokens = streams.flatten(0, -3)
-    branch_input, _, h_post, logits, *_ = width(tokens, weight, bias, alpha, mapper.eps)
-    return branch_input.view(*streams.shape[:-2], -1), _write(tokens, h_post, logits, mapper, streams.shape)
+    branch_input, _, h_post, logits, *_ = width(tokens, weight, bias, alpha, eps)
+    return branch_input.view(*streams.shape[:-2], -1), _write(tokens, h_post, logits, mixing, streams.shape)
 
 
 def connect_unwritten(
-    streams: UnwrittenStreams, weight: Tensor, bias: Tensor, alpha: Tensor, mapper: Mapper
+    streams: UnwrittenStreams, weight: Tensor, bias: Tensor, alpha: Tensor, mixing: Mixing, eps: float
 ) -> tuple[Tensor, TritonWrite]:
     """Writes the streams and connects them, in one kernel."""
     old, branch_output = streams
     output = branch_output.flatten(0, -2)
     tokens, branch_input, _, h_post, logits, *_ = write_width(
-        old.tokens, old.h_res, old.h_post, output, old.rows_sum_to_one, weight, bias, alpha, mapper.eps
+        old.tokens, old.h_res, old.h_post, output, old.rows_sum_to_one, weight, bias, alpha, eps
     )
-    return branch_input.view(branch_output.shape), _write(tokens, h_post, logits, mapper, old.shape)
+    return branch_input.view(branch_output.shape), _write(tokens, h_post, logits, mixing, old.shape)
 
 
-def _write(tokens: Tensor, h_post: Tensor, logits: Tensor, mapper: Mapper, shape: torch.Size) -> TritonWrite:
-    h_res = mapper.mixing.matrix(logits)
-    return TritonWrite(tokens, h_res, h_post, mapper.mixing.rows_sum_to_one, shape)
+def _write(tokens: Tensor, h_post: Tensor, logits: Tensor, mixing: Mixing, shape: torch.Size) -> TritonWrite:
+    h_res = mixing.matrix(logits)
+    return TritonWrite(tokens, h_res, h_post, mixing.rows_sum_to_one, shape)

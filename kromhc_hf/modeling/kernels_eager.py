@@ -6,7 +6,7 @@ Streams are `[..., n, C]`, and `[T, n, C]` with the tokens in one dimension.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from .kernels_eager_passes import (
     weight_gradient,
     write,
 )
-from .mixing import Mixing
+from .mixing import Mixing, cast
 
 
 # Of a handful of tokens the number of operations counts and not their size, unless there are very many products of an
@@ -34,36 +34,10 @@ from .mixing import Mixing
 FEW_TOKENS, FEW_PRODUCTS = 16, 1 << 17
 
 
-class Mapper(Protocol):
-    """What turns projected streams into mappings: the hyper-connection.
-
-    It takes products `[T, G, k]` and mean squares `[T, G]` of G groups of features, bias and alpha; without dynamic
-    mappings the first two are None.
-    """
-
-    mixing: Mixing
-    eps: float  # added to the mean squares
-
-    def gates(
-        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`h_pre [T, n]`, `h_post [T, n]` and the residual logits; without the tokens if static."""
-
-    def coefficients(
-        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None, tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`h_pre [T, n]`, `h_post [T, n]` and `h_res [T, n, n]`."""
-
-
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Leaves autocast; where there is none to leave, at no cost."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in this dtype; not even an operation if it is."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class WidthConnection(torch.autograd.Function):
@@ -81,13 +55,14 @@ class WidthConnection(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor,
         alpha: Tensor | None,
-        mapper: Mapper,
+        mixing: Mixing,
+        eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokens = streams.flatten(0, -3)
         products, squares = project(tokens, weight)
-        h_pre, h_post, h_res = mapper.coefficients(products, squares, bias, alpha, tokens.shape[0])
+        h_pre, h_post, h_res = mixing.mappings(products, squares, bias, alpha, eps, tokens.shape[:1])
         ctx.save_for_backward(streams, weight, bias, alpha, products, squares)
-        ctx.mapper = mapper
+        ctx.mixing, ctx.eps = mixing, eps
         ctx.mark_non_differentiable(h_res)
         ctx.set_materialize_grads(False)
         branch_input = read(Streams.of(tokens), h_pre)
@@ -105,7 +80,7 @@ class WidthConnection(torch.autograd.Function):
             grad_mixed = None if grad_mixed is None else grad_mixed.flatten(0, -3)
             leaves = [None if t is None else t.detach().requires_grad_() for t in (products, squares, bias, alpha)]
             with torch.enable_grad():
-                mappings = ctx.mapper.coefficients(*leaves, tokens.shape[0])
+                mappings = ctx.mixing.mappings(*leaves, ctx.eps, tokens.shape[:1])
             h_pre, _, h_res = (mapping.detach() for mapping in mappings)
             grads = (
                 None if grad_input is None else correlation(grad_input.unsqueeze(1), tokens, h_pre.dtype).squeeze(1),
@@ -120,7 +95,7 @@ class WidthConnection(torch.autograd.Function):
                 ).view(streams.shape)
             if weight is not None and grad_products is not None and ctx.needs_input_grad[1]:
                 grad_weight = weight_gradient(tokens, weight, grad_products)
-        return grad_streams, grad_weight, grad_bias, grad_alpha, None
+        return grad_streams, grad_weight, grad_bias, grad_alpha, None, None
 
 
 class DepthConnection(torch.autograd.Function):
@@ -169,18 +144,18 @@ def chain(
 
 
 def connect(
-    streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mapper: Mapper
+    streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mixing: Mixing, eps: float
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The branch input `[..., C]` of streams `[..., n, C]`, and the depth connection, which takes the branch output."""
     tokens = streams.flatten(0, -3)
     if tokens.shape[0] <= FEW_TOKENS and tokens.numel() * tokens.shape[1] <= FEW_PRODUCTS:
-        return connect_few(streams, tokens, weight, bias, alpha, mapper)
-    sum_to_one = mapper.mixing.rows_sum_to_one
+        return connect_few(streams, tokens, weight, bias, alpha, mixing, eps)
+    sum_to_one = mixing.rows_sum_to_one
     if torch.is_grad_enabled():
-        branch_input, h_post, mixed, h_res = WidthConnection.apply(streams, weight, bias, alpha, mapper)
+        branch_input, h_post, mixed, h_res = WidthConnection.apply(streams, weight, bias, alpha, mixing, eps)
         return branch_input, lambda output: DepthConnection.apply(mixed, h_post, output, h_res, sum_to_one)
 
-    h_pre, h_post, h_res = mapper.coefficients(*project(tokens, weight), bias, alpha, tokens.shape[0])
+    h_pre, h_post, h_res = mixing.mappings(*project(tokens, weight), bias, alpha, eps, tokens.shape[:1])
     looked_at = Streams.of(tokens)
     branch_input = read(looked_at, h_pre)
 
@@ -191,7 +166,13 @@ def connect(
 
 
 def connect_few(
-    streams: Tensor, tokens: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mapper: Mapper
+    streams: Tensor,
+    tokens: Tensor,
+    weight: Tensor | None,
+    bias: Tensor,
+    alpha: Tensor | None,
+    mixing: Mixing,
+    eps: float,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The same for decoding, where the number of operations counts and not the size of what they move."""
     wide = cast(tokens, bias.dtype)
@@ -199,7 +180,7 @@ def connect_few(
     if weight is not None:
         rows = wide.reshape(tokens.shape[0], -1, weight.shape[1])
         products, squares = F.linear(rows, weight), (rows * rows).mean(-1)
-    h_pre, h_post, logits = mapper.gates(products, squares, bias, alpha)
+    h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha, eps)
     # Not a batched product, for which a library would wake up all threads.
     first, others = wide.split_with_sizes((1, wide.shape[1] - 1), dim=1)
     rest = (h_pre[..., 1:, None] * (others - first)).sum(1, keepdim=True)
@@ -207,7 +188,7 @@ def connect_few(
 
     def write_back(branch_output: Tensor) -> Tensor:
         output = branch_output.reshape(tokens.shape[0], 1, -1)
-        mixed = torch.addcmul(mapper.mixing.mix(wide, logits), h_post.unsqueeze(-1), output)
+        mixed = torch.addcmul(mixing.mix(wide, logits), h_post.unsqueeze(-1), output)
         return cast(mixed, streams.dtype).view(streams.shape)
 
     return cast(branch_input, streams.dtype).view(*streams.shape[:-2], -1), write_back

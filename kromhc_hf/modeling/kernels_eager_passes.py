@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .mixing import snap_distance
+
 
 # A span of wide streams should share a level 2 cache of 1 MiB per core with its sources; a GPU needs parallel work.
 SPAN_ELEMENTS, SPAN_ELEMENTS_GPU = 3 << 16, 1 << 25
-
-EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 
 
 def spans(streams: Tensor, dtype: torch.dtype) -> list[slice]:
@@ -55,16 +55,15 @@ def project(streams: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tens
 
 
 def gap_to_one(weights: Tensor) -> Tensor:
-    """By how much the sum of the weights exceeds 1, `[..., n]` -> `[..., 1]`; up to 4 eps count as none.
+    """By how much the sum of the weights exceeds 1, `[..., n]` -> `[..., 1]`; within `snap_distance` it counts as 0.
 
-    See `snapped_sum`: equal streams then pass bitwise wherever the weights sum to 1 in exact arithmetic. Gradients do
-    not notice.
+    Not `snapped_sum` less 1, which would round once more. Gradients do not notice.
     """
     gap = weights.sum(-1, keepdim=True).sub_(1)
     if not gap.requires_grad:
-        return F.hardshrink(gap, 4 * EPS[weights.dtype])
+        return F.hardshrink(gap, snap_distance(weights.dtype))
     fixed = gap.detach()
-    return gap - (fixed - F.hardshrink(fixed, 4 * EPS[weights.dtype]))
+    return gap - (fixed - F.hardshrink(fixed, snap_distance(weights.dtype)))
 
 
 def first_weight(weights: Tensor) -> Tensor:

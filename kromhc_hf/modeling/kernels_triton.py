@@ -8,9 +8,7 @@ with `TRITON_INTERPRET=1` in the environment.
 """
 
 # mypy: ignore-errors
-# (the language of kernels is not Python, and its types are not types)
 
-# Triton reads annotations as text, and without Triton there would be nothing to evaluate them with.
 from __future__ import annotations
 
 import torch
@@ -154,7 +152,7 @@ def project(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @project.register_fake
-def _(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _(streams, weight):
     groups = streams.shape[1] * streams.shape[2] // weight.shape[1]
     products = streams.new_empty(streams.shape[0], groups, weight.shape[0], dtype=torch.float32)
     return products, streams.new_empty(streams.shape[0], groups, dtype=torch.float32)
@@ -170,7 +168,7 @@ def read(streams: Tensor, h_pre: Tensor) -> Tensor:
 
 
 @read.register_fake
-def _(streams: Tensor, h_pre: Tensor) -> Tensor:
+def _(streams, h_pre):
     return streams.new_empty(streams.shape[0], streams.shape[2])
 
 
@@ -186,7 +184,7 @@ def read_backward(grad: Tensor, streams: Tensor, h_pre: Tensor) -> tuple[Tensor,
 
 
 @read_backward.register_fake
-def _(grad: Tensor, streams: Tensor, h_pre: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad, streams, h_pre):
     return streams.new_empty(streams.shape), h_pre.new_empty(h_pre.shape)
 
 
@@ -201,7 +199,7 @@ def write(streams: Tensor, h_res: Tensor, h_post: Tensor, branch_output: Tensor,
 
 
 @write.register_fake
-def _(streams: Tensor, h_res: Tensor, h_post: Tensor, branch_output: Tensor, rows_sum_to_one: bool) -> Tensor:
+def _(streams, *others):
     return streams.new_empty(streams.shape)
 
 
@@ -218,9 +216,7 @@ def write_backward(
 
 
 @write_backward.register_fake
-def _(
-    grad: Tensor, streams: Tensor, h_res: Tensor, h_post: Tensor, branch_output: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad, streams, h_res, h_post, branch_output):
     made = [t.new_empty(t.shape) for t in (streams, h_res, h_post, branch_output)]
     return made[0], made[1], made[2], made[3]
 

@@ -1,15 +1,14 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""The width connection as one Triton kernel: norm, projection, gates and read of a block of tokens.
+"""The width connection as one Triton kernel, and together with the depth connection before it as one as well.
 
-A program reads the streams of 16 tokens twice, the second time from the cache as far as it still has them: of memory
-it moves `(n + 1) C` elements per token, where projecting and reading apart move `(2n + 1) C`. The gradient of the gates
-is in closed form.
+Norm, projection, gates and read of a block of tokens: a program reads the streams of 16 tokens twice, the second time
+from the cache as far as it still has them. Of memory it moves `(n + 1) C` elements per token, where projecting and
+reading apart move `(2n + 1) C`. A program that writes the streams first keeps them for the projection, which saves
+reading them again. The gradient of the gates is in closed form.
 """
 
 # mypy: ignore-errors
-# (the language of kernels is not Python, and its types are not types)
 
-# Triton reads annotations as text, and without Triton there would be nothing to evaluate them with.
 from __future__ import annotations
 
 import torch
@@ -46,108 +45,6 @@ def _width(streams, weight, bias, alpha, branch_input, h_pre, h_post, logits, pr
     store_gates(products_sum, square_sum, bias, alpha, h_pre, h_post, logits, products, squares, row, rows, n, width,
                 eps, K, PADDED)  # fmt: skip
     read_rows(streams, h_pre, branch_input, row, rows, width, n, BLOCK)
-
-
-def launch(streams: Tensor, outputs: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the constants of a fused kernel."""
-    tokens, n, _ = streams.shape
-    streams_padded, outputs_padded = 1 << (n - 1).bit_length(), max(16, 1 << (outputs - 1).bit_length())
-    constants = {"n": n, "K": outputs, "N": streams_padded, "PADDED": outputs_padded, "TOKENS": TOKENS}
-    constants |= {"TILE": max(16, TILE // streams_padded), "BLOCK": READ_BLOCK}
-    # What fits in registers and, as many tiles of the weight at once as there are stages, in shared memory.
-    constants |= {"num_warps": 4 if streams_padded <= 4 else 8, "num_stages": 3 if outputs_padded <= 32 else 1}
-    return (-(-tokens // TOKENS),), constants
-
-
-def width_outputs(streams: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """What a width connection makes, still empty: branch input, h_pre, h_post, logits, products, mean squares."""
-    tokens, n, _ = streams.shape
-    outputs = weight.shape[0]
-    sizes = ((tokens, n), (tokens, n), (tokens, outputs - 2 * n), (tokens, outputs), (tokens,))
-    branch_input = streams.new_empty(tokens, streams.shape[2])
-    return branch_input, *(streams.new_empty(size, dtype=torch.float32) for size in sizes)
-
-
-@torch.library.custom_op("kromhc_hf::width", mutates_args=())
-def width(
-    streams: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The width connection of streams `[T, n, C]` with weight `[k, n C]`, bias `[k]` and alpha `[3]`.
-
-    Returns:
-        The branch input `[T, C]`, h_pre and h_post `[T, n]`, the residual logits; products `[T, k]` and mean squares
-        `[T]` for the gradient. The gradients of h_pre, products and mean squares are not passed on.
-    """
-    made = width_outputs(streams, weight)
-    grid, constants = launch(streams, weight.shape[0])
-    inputs = (tensor.contiguous() for tensor in (streams, weight, bias, alpha))
-    run(_width, grid, *inputs, *made, streams.shape[0], streams.shape[2], eps, **constants)
-    return made
-
-
-@width.register_fake
-def _(
-    streams: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return width_outputs(streams, weight)
-
-
-def gate_gradients(
-    grad_h_pre: Tensor,
-    grad_h_post: Tensor,
-    grad_logits: Tensor,
-    h_pre: Tensor,
-    h_post: Tensor,
-    products: Tensor,
-    squares: Tensor,
-    alpha: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of products `[T, k]`, mean squares `[T]`, bias `[k]` and alpha `[3]`."""
-    n, outputs = h_pre.shape[1], products.shape[1]
-    # h_post is twice a sigmoid.
-    grad = torch.cat([grad_h_pre * h_pre * (1 - h_pre), grad_h_post * h_post * (1 - h_post / 2), grad_logits], dim=1)
-    scale = torch.rsqrt(squares + eps)
-    sizes = (n, n, outputs - 2 * n)
-    by_output = (grad * products * scale.unsqueeze(1)).sum(0)
-    grad_alpha = torch.stack([part.sum() for part in by_output.split_with_sizes(sizes)])
-    each = torch.cat([a.expand(size) for a, size in zip(alpha.unbind(), sizes)])
-    grad_products = grad * each * scale.unsqueeze(1)
-    grad_squares = (grad_products * products).sum(1) * scale.square() / -2
-    return grad_products, grad_squares, grad.sum(0), grad_alpha
-
-
-def width_gradients(
-    known: Tensor | None,
-    grad_input: Tensor,
-    grad_h_post: Tensor,
-    grad_logits: Tensor,
-    saved: tuple[Tensor, ...],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the streams, added to what is `known` of it, and of weight, bias and alpha."""
-    streams, weight, alpha, h_pre, h_post, products, squares = saved
-    grad_products, grad_squares, grad_bias, grad_alpha = gate_gradients(
-        correlate(grad_input, streams), grad_h_post, grad_logits, h_pre, h_post, products, squares, alpha, eps
-    )
-    grad_streams = streams_gradient(
-        grad_input if known is None else known, known is not None, grad_input, streams, h_pre, weight, grad_products,
-        grad_squares,
-    )  # fmt: skip
-    return grad_streams, weight_gradient(streams, grad_products), grad_bias, grad_alpha
-
-
-def _save(ctx, inputs, output):
-    streams, weight, _, alpha, ctx.eps = inputs
-    _, h_pre, h_post, _, products, squares = output
-    ctx.save_for_backward(streams, weight, alpha, h_pre, h_post, products, squares)
-
-
-def _gradients(ctx, grad_input, _, grad_h_post, grad_logits, *others):
-    return *width_gradients(None, grad_input, grad_h_post, grad_logits, ctx.saved_tensors, ctx.eps), None
-
-
-width.register_autograd(_gradients, setup_context=_save)
 
 
 @jit
@@ -195,6 +92,48 @@ def _write_width(streams, h_res, h_post, branch_output, weight, bias, alpha, new
     read_rows(new_streams, next_h_pre, branch_input, row, rows, width, n, BLOCK)
 
 
+def launch(streams: Tensor, outputs: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid and the constants of a fused kernel."""
+    tokens, n, _ = streams.shape
+    streams_padded, outputs_padded = 1 << (n - 1).bit_length(), max(16, 1 << (outputs - 1).bit_length())
+    constants = {"n": n, "K": outputs, "N": streams_padded, "PADDED": outputs_padded, "TOKENS": TOKENS}
+    constants |= {"TILE": max(16, TILE // streams_padded), "BLOCK": READ_BLOCK}
+    # What fits in registers and, as many tiles of the weight at once as there are stages, in shared memory.
+    constants |= {"num_warps": 4 if streams_padded <= 4 else 8, "num_stages": 3 if outputs_padded <= 32 else 1}
+    return (-(-tokens // TOKENS),), constants
+
+
+def width_outputs(streams: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """What a width connection makes, still empty: branch input, h_pre, h_post, logits, products, mean squares."""
+    tokens, n, _ = streams.shape
+    outputs = weight.shape[0]
+    sizes = ((tokens, n), (tokens, n), (tokens, outputs - 2 * n), (tokens, outputs), (tokens,))
+    branch_input = streams.new_empty(tokens, streams.shape[2])
+    return branch_input, *(streams.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+@torch.library.custom_op("kromhc_hf::width", mutates_args=())
+def width(
+    streams: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The width connection of streams `[T, n, C]` with weight `[k, n C]`, bias `[k]` and alpha `[3]`.
+
+    Returns:
+        The branch input `[T, C]`, h_pre and h_post `[T, n]`, the residual logits; products `[T, k]` and mean squares
+        `[T]` for the gradient. The gradients of h_pre, products and mean squares are not passed on.
+    """
+    made = width_outputs(streams, weight)
+    grid, constants = launch(streams, weight.shape[0])
+    inputs = (tensor.contiguous() for tensor in (streams, weight, bias, alpha))
+    run(_width, grid, *inputs, *made, streams.shape[0], streams.shape[2], eps, **constants)
+    return made
+
+
+@width.register_fake
+def _(streams, weight, *others):
+    return width_outputs(streams, weight)
+
+
 @torch.library.custom_op("kromhc_hf::write_width", mutates_args=())
 def write_width(
     streams: Tensor,
@@ -221,32 +160,78 @@ def write_width(
 
 
 @write_width.register_fake
-def _(
-    streams: Tensor,
-    h_res: Tensor,
-    h_post: Tensor,
-    branch_output: Tensor,
-    rows_sum_to_one: bool,
-    weight: Tensor,
-    bias: Tensor,
-    alpha: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(streams, h_res, h_post, branch_output, rows_sum_to_one, weight, *others):
     return streams.new_empty(streams.shape), *width_outputs(streams, weight)
 
 
-def _save(ctx, inputs, output):
+def gate_gradients(
+    grad_h_pre: Tensor,
+    grad_h_post: Tensor,
+    grad_logits: Tensor,
+    h_pre: Tensor,
+    h_post: Tensor,
+    products: Tensor,
+    squares: Tensor,
+    alpha: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of products `[T, k]`, mean squares `[T]`, bias `[k]` and alpha `[3]`."""
+    n, outputs = h_pre.shape[1], products.shape[1]
+    # h_post is twice a sigmoid.
+    grad = torch.cat([grad_h_pre * h_pre * (1 - h_pre), grad_h_post * h_post * (1 - h_post / 2), grad_logits], dim=1)
+    scale = torch.rsqrt(squares + eps)
+    sizes = (n, n, outputs - 2 * n)
+    by_output = (grad * products * scale.unsqueeze(1)).sum(0)
+    grad_alpha = torch.stack([part.sum() for part in by_output.split_with_sizes(sizes)])
+    each = torch.cat([a.expand(size) for a, size in zip(alpha.unbind(), sizes)])
+    grad_products = grad * each * scale.unsqueeze(1)
+    grad_squares = (grad_products * products).sum(1) * scale.square() / -2
+    return grad_products, grad_squares, grad.sum(0), grad_alpha
+
+
+def width_gradients(
+    known: Tensor | None,
+    grad_input: Tensor,
+    grad_h_post: Tensor,
+    grad_logits: Tensor,
+    saved: tuple[Tensor, ...],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the streams, added to what is `known` of it, and of weight, bias and alpha."""
+    streams, weight, alpha, h_pre, h_post, products, squares = saved
+    grad_products, grad_squares, grad_bias, grad_alpha = gate_gradients(
+        correlate(grad_input, streams), grad_h_post, grad_logits, h_pre, h_post, products, squares, alpha, eps
+    )
+    grad_streams = streams_gradient(
+        grad_input if known is None else known, known is not None, grad_input, streams, h_pre, weight, grad_products,
+        grad_squares,
+    )  # fmt: skip
+    return grad_streams, weight_gradient(streams, grad_products), grad_bias, grad_alpha
+
+
+def _save_width(ctx, inputs, output):
+    streams, weight, _, alpha, ctx.eps = inputs
+    _, h_pre, h_post, _, products, squares = output
+    ctx.save_for_backward(streams, weight, alpha, h_pre, h_post, products, squares)
+
+
+def _width_gradients(ctx, grad_input, _, grad_h_post, grad_logits, *others):
+    return *width_gradients(None, grad_input, grad_h_post, grad_logits, ctx.saved_tensors, ctx.eps), None
+
+
+def _save_write_width(ctx, inputs, output):
     streams, h_res, h_post, branch_output, _, weight, _, alpha, ctx.eps = inputs
     new_streams, _, next_h_pre, next_h_post, _, products, squares = output
     written = (streams, h_res, h_post, branch_output)
     ctx.save_for_backward(*written, new_streams, weight, alpha, next_h_pre, next_h_post, products, squares)
 
 
-def _gradients(ctx, grad_streams, grad_input, _, grad_h_post, grad_logits, *unused):
+def _write_width_gradients(ctx, grad_streams, grad_input, _, grad_h_post, grad_logits, *unused):
     # Under checkpointing they can be asked for once only.
     saved = ctx.saved_tensors
     grad_streams, *others = width_gradients(grad_streams, grad_input, grad_h_post, grad_logits, saved[4:], ctx.eps)
     return *write_backward(grad_streams, *saved[:4]), None, *others, None
 
 
-write_width.register_autograd(_gradients, setup_context=_save)
+width.register_autograd(_width_gradients, setup_context=_save_width)
+write_width.register_autograd(_write_width_gradients, setup_context=_save_write_width)

@@ -6,9 +6,7 @@ Between the first and the other two lies the gradient of the gates, on a few num
 """
 
 # mypy: ignore-errors
-# (the language of kernels is not Python, and its types are not types)
 
-# Triton reads annotations as text, and without Triton there would be nothing to evaluate them with.
 from __future__ import annotations
 
 import torch
@@ -95,7 +93,7 @@ def correlate(grad: Tensor, streams: Tensor) -> Tensor:
 
 
 @correlate.register_fake
-def _(grad: Tensor, streams: Tensor) -> Tensor:
+def _(grad, streams):
     return streams.new_empty(streams.shape[:2], dtype=torch.float32)
 
 
@@ -122,16 +120,7 @@ def streams_gradient(
 
 
 @streams_gradient.register_fake
-def _(
-    known: Tensor,
-    add: bool,
-    grad_input: Tensor,
-    streams: Tensor,
-    h_pre: Tensor,
-    weight: Tensor,
-    grad_products: Tensor,
-    grad_squares: Tensor,
-) -> Tensor:
+def _(known, add, grad_input, streams, *others):
     return streams.new_empty(streams.shape)
 
 
@@ -151,6 +140,6 @@ def weight_gradient(streams: Tensor, grad_products: Tensor) -> Tensor:
 
 
 @weight_gradient.register_fake
-def _(streams: Tensor, grad_products: Tensor) -> Tensor:
+def _(streams, grad_products):
     features = streams.shape[1] * streams.shape[2]
     return streams.new_empty(grad_products.shape[1], features, dtype=torch.float32)

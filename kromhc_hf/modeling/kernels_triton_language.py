@@ -1,10 +1,12 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""What the Triton kernels share: whether Triton is there, rounding, the gates and the read of a block of tokens."""
+"""What the Triton kernels share: whether Triton is there, rounding, the gates and the read of a block of tokens.
+
+All files of kernels begin as this one: mypy does not check them, since the language of kernels is not Python and its
+types are not types; and annotations stay text, which Triton reads, and without Triton nothing could evaluate them.
+"""
 
 # mypy: ignore-errors
-# (the language of kernels is not Python, and its types are not types)
 
-# Triton reads annotations as text, and without Triton there would be nothing to evaluate them with.
 from __future__ import annotations
 
 import os
@@ -13,6 +15,8 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
+
+from .mixing import snap_distance
 
 
 # Not an import statement: this file travels to the Hub, and Triton is not needed to use it.
@@ -27,6 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = 16
 # TF32 would round the streams to 11 bits.
 PRECISION = AVAILABLE and tl.constexpr("ieee")
+SNAP_DISTANCE = AVAILABLE and tl.constexpr(snap_distance(torch.float32))
 
 
 def jit(function):
@@ -52,8 +57,7 @@ def rounded(value, dtype: tl.constexpr):
 
 @jit
 def snapped(total):
-    # As in `snapped_sum`: 4 eps of fp32.
-    return tl.where(tl.abs(total - 1.0) <= 4.76837158203125e-07, 1.0, total)
+    return tl.where(tl.abs(total - 1.0) <= SNAP_DISTANCE, 1.0, total)
 
 
 @jit

@@ -1,10 +1,9 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""What a variant of hyper-connections has to say: the interface that every parametrisation of H_res implements."""
+"""What a variant must say, how its logits become mappings, and the invariant that most of them keep."""
 
-from itertools import permutations
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -12,56 +11,11 @@ PAPER_RESIDUAL_LOGIT = 8.0
 SINKHORN_ITERATIONS = 20
 
 
-def check_num_streams(num_streams: object) -> int:
-    """Returns `num_streams` if it is a whole number of at least 1.
-
-    Raises:
-        ValueError: with the rule, the value and the way out.
-    """
-    if isinstance(num_streams, bool) or not isinstance(num_streams, int):
-        raise ValueError(
-            f"num_streams must be an int; got {num_streams!r} of type {type(num_streams).__name__}. "
-            "Use for example num_streams=4."
-        )
-    if num_streams < 1:
-        raise ValueError(f"num_streams must be at least 1; got {num_streams}. Use for example num_streams=4.")
-    return num_streams
-
-
-def snapped_sum(weights: Tensor) -> Tensor:
-    """The sum over the last dimension, kept as 1; a sum that misses 1 by at most 4 eps is taken to be exactly 1.
-
-    Equal streams then pass through bitwise unchanged wherever the weights sum to 1 in exact arithmetic: sigmoids and
-    exponentials differ in their last bit between devices. Gradients do not notice.
-    """
-    total = weights.sum(-1, keepdim=True)
-    gap = (1 - total).detach()
-    return total + gap.masked_fill(gap.abs() > 4 * torch.finfo(gap.dtype).eps, 0)
-
-
-def widest_dtype(tensor: Tensor) -> torch.dtype:
-    """float64, where the device has it: for sums over many entries of a small matrix."""
-    return tensor.dtype if tensor.device.type == "mps" else torch.float64
-
-
-def permutation_mixture(logits: Tensor, size: int) -> Tensor:
-    """A convex combination of all permutation matrices, `[..., size! - 1]` -> `[..., size, size]`.
-
-    The logits belong to the permutations after the identity, whose logit is 0, in the order of
-    `itertools.permutations`; a permutation `order` takes row i to column `order[i]`.
-    """
-    # Sums of hundreds of weights miss 1 by several eps in fp32.
-    wide = widest_dtype(logits)
-    weights = torch.softmax(F.pad(logits, (1, 0)), dim=-1, dtype=wide)
-    orders = torch.tensor(list(permutations(range(size))), device=logits.device)
-    mixture = weights @ F.one_hot(orders, size).flatten(1).to(wide)
-    return mixture.to(logits.dtype).unflatten(-1, (size, size))
-
-
 class Mixing:
     """A variant: how many logits it takes, where they start, how they are predicted and how they mix the streams.
 
-    Most variants differ in `initial_logits` and `mix` alone. A mixing holds no parameters, the hyper-connection does.
+    Most variants say `doubly_stochastic`, `count_logits` and `mix` alone. A mixing holds no parameters, the
+    hyper-connection does.
 
     Args:
         num_streams: n, the number of streams.
@@ -71,9 +25,8 @@ class Mixing:
         ValueError: if the variant is not defined for this number of streams.
     """
 
-    num_logits: int
-    # Whether the rows of `h_res` sum to 1 by construction, for any logits, up to rounding.
-    rows_sum_to_one = False
+    # Whether `h_res` is doubly stochastic for any logits: up to rounding, as far as an iteration has converged, or not.
+    doubly_stochastic: Literal["exactly", "by iteration", "no"]
     # Whether `predict` and `gates` are the ones below, which the fused kernels carry out.
     plain_gates = True
 
@@ -85,10 +38,35 @@ class Mixing:
                 f"{SINKHORN_ITERATIONS}."
             )
         self.sinkhorn_iterations = sinkhorn_iterations
+        self.check_defined_for(num_streams)
+        self.num_logits = self.count_logits(num_streams)
+        # Of bias and predictions: for read weights, write weights and mixing.
+        self.sizes = (num_streams, num_streams, self.num_logits)
+
+    @staticmethod
+    def count_logits(num_streams: int) -> int:
+        """How many residual logits n streams take."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check_defined_for(num_streams: int) -> None:
+        """Refuses numbers of streams, whole and at least 1, that the variant is not defined for; by default none.
+
+        Raises:
+            ValueError: with the rule, the value and the way out.
+        """
+
+    @property
+    def rows_sum_to_one(self) -> bool:
+        """Whether the rows of `h_res` sum to 1 for any logits, up to rounding; the columns need not."""
+        return self.doubly_stochastic == "exactly"
 
     def initial_logits(self, residual_logit: float) -> Tensor:
-        """Logits `[num_logits]` that lean towards the identity; the larger `residual_logit`, the closer to it."""
-        raise NotImplementedError
+        """Logits `[num_logits]` that lean towards the identity; the larger `residual_logit`, the closer to it.
+
+        By default all are `-residual_logit`, for variants whose identity has no logit of its own.
+        """
+        return torch.full((self.num_logits,), -residual_logit, dtype=torch.float32)
 
     def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
         """`mixed[i] = sum_j h_res[i, j] streams[j]`: `[..., n, C]` and `[..., num_logits]` -> `[..., n, C]`."""
@@ -116,7 +94,7 @@ class Mixing:
 
     def weight_shape(self, hidden_size: int) -> tuple[int, int]:
         """Shape of the weight that predicts the mappings: outputs x input features."""
-        return 2 * self.num_streams + self.num_logits, self.num_streams * hidden_size
+        return sum(self.sizes), self.num_streams * hidden_size
 
     def predict(self, products: Tensor, scale: Tensor) -> Tensor:
         """The token dependent part of all mappings before the gates, `[..., n + n + num_logits]`.
@@ -134,9 +112,53 @@ class Mixing:
         half = torch.sigmoid(post)
         return torch.sigmoid(pre), half + half  # exactly twice, without making a tensor of the 2
 
+    def weights_and_logits(
+        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`h_pre [..., n]`, `h_post [..., n]` and the residual logits; without leading dimensions if static.
+
+        Args:
+            products: as in `predict`; None if the mappings are static.
+            squares: the mean squares of the groups `[..., G]`, None with them.
+            bias: the static part `[n + n + num_logits]`.
+            alpha: what the predictions for read weights, write weights and mixing are multiplied with, `[3]`.
+            eps: added to the mean squares.
+        """
+        dtype = bias.dtype if products is None else products.dtype
+        pre, post, residual = cast(bias, dtype).split_with_sizes(self.sizes)
+        if products is not None and squares is not None and alpha is not None:
+            dynamic = self.predict(products, torch.rsqrt(squares + eps).unsqueeze(-1))
+            pre, post, residual = (
+                torch.addcmul(static, a, d)
+                for static, a, d in zip(
+                    (pre, post, residual), cast(alpha, dtype).unbind(), dynamic.split_with_sizes(self.sizes, -1)
+                )
+            )
+        return *self.gates(pre, post), residual
+
+    def mappings(
+        self,
+        products: Tensor | None,
+        squares: Tensor | None,
+        bias: Tensor,
+        alpha: Tensor | None,
+        eps: float,
+        leading: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`h_pre [..., n]`, `h_post [..., n]` and `h_res [..., n, n]`, with these leading dimensions also if static."""
+        h_pre, h_post, logits = self.weights_and_logits(products, squares, bias, alpha, eps)
+        h_res = self.matrix(logits)
+        if products is not None:
+            return h_pre, h_post, h_res
+        return h_pre.expand(*leading, -1), h_post.expand(*leading, -1), h_res.expand(*leading, -1, -1)
+
 
 class DenseMixing(Mixing):
-    """A variant that builds `h_res` entry by entry; subclasses write `matrix`."""
+    """A variant that builds `h_res` entry by entry, by default from as many logits; subclasses write `matrix`."""
+
+    @staticmethod
+    def count_logits(num_streams: int) -> int:
+        return num_streams**2
 
     def matrix(self, logits: Tensor) -> Tensor:
         raise NotImplementedError
@@ -150,11 +172,48 @@ class DenseMixing(Mixing):
         return (first if self.rows_sum_to_one else snapped_sum(h_res) * first) + others.sum(-2)
 
 
+def check_num_streams(num_streams: object) -> int:
+    """Returns `num_streams` if it is a whole number of at least 1.
+
+    Raises:
+        ValueError: with the rule, the value and the way out.
+    """
+    if isinstance(num_streams, bool) or not isinstance(num_streams, int):
+        raise ValueError(
+            f"num_streams must be an int; got {num_streams!r} of type {type(num_streams).__name__}. "
+            "Use for example num_streams=4."
+        )
+    if num_streams < 1:
+        raise ValueError(f"num_streams must be at least 1; got {num_streams}. Use for example num_streams=4.")
+    return num_streams
+
+
 def uneven_weights(favoured: Tensor) -> Tensor:
     """Weights that sum to 1 with one stream ahead, in float64: (n + 1) / 2n where `favoured` `[n]`, else 1 / 2n."""
     n = favoured.numel()
     # The dtype is explicit because models are built under their own default dtype.
     return torch.full((n,), 1 / (2 * n), dtype=torch.float64).masked_fill(favoured, (n + 1) / (2 * n))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype; not even an operation if it is."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def snap_distance(dtype: torch.dtype) -> float:
+    """By how much a sum of weights may miss 1 and be taken to be exactly 1: 4 eps.
+
+    Equal streams then pass through bitwise unchanged wherever the weights sum to 1 in exact arithmetic: sigmoids and
+    exponentials differ in their last bit between devices.
+    """
+    return 4 * torch.finfo(dtype).eps
+
+
+def snapped_sum(weights: Tensor) -> Tensor:
+    """The sum over the last dimension, which is kept, and exactly 1 within `snap_distance`. Gradients do not notice."""
+    total = weights.sum(-1, keepdim=True)
+    gap = (1 - total).detach()
+    return total + gap.masked_fill(gap.abs() > snap_distance(gap.dtype), 0)
 
 
 def doubly_stochastic_error(matrix: Tensor) -> float:

@@ -31,7 +31,7 @@ from .host import (
     mirror_weight_conversion,
     record_outputs_of,
 )
-from .hyper_connection import Float32Module, readout
+from .hyper_connection import StreamModule, readout
 from .layer_fit import supported_model_types
 from .remote_code import Shareable, class_name
 
@@ -99,7 +99,7 @@ class HyperConnectedModel(Shareable):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Float32Module):
+        if isinstance(module, StreamModule):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]

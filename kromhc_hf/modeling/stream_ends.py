@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .hyper_connection import INITIAL_ALPHA, Float32Module, expand, read
+from .hyper_connection import INITIAL_ALPHA, StreamModule, expand, read
 
 
-class StreamExpansion(Float32Module):
+class StreamExpansion(StreamModule):
     """Copies of the hidden state plus a learned embedding per stream; the embedding starts at 0, which is lossless.
 
     Args:
@@ -34,7 +34,7 @@ class StreamExpansion(Float32Module):
         return streams if self.weight is None else (streams + self.weight).to(hidden_states.dtype)
 
 
-class StreamReadout(Float32Module):
+class StreamReadout(StreamModule):
     """The weighted sum of the streams, with learned weights that start at 1/n: equal streams pass bitwise.
 
     Args:

@@ -1,20 +1,24 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""Parametrisations of the stream mixing matrix H_res: one small class per variant.
+"""Every variant, that is every parametrisation of the stream mixing matrix H_res: a class each, and their table.
 
 A mixing turns a vector of unconstrained logits into a matrix `h_res` and applies it to the streams,
-`mixed[i] = sum_j h_res[i, j] streams[j]`. It holds no parameters: the logits are computed by the hyper-connection.
+`mixed[i] = sum_j h_res[i, j] streams[j]`. It holds no parameters: the hyper-connection does.
 """
 
 import functools
+from itertools import permutations
 from math import factorial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .mixing import SINKHORN_ITERATIONS, DenseMixing, Mixing, permutation_mixture, uneven_weights, widest_dtype
+from .mixing import SINKHORN_ITERATIONS, DenseMixing, Mixing, uneven_weights
 
 
-LARGEST_FACTOR = 5
+# The largest factor of KromHC and the most streams of mHC-lite: both learn a logit for every permutation.
+LARGEST_FACTOR, LARGEST_MHC_LITE = 5, 6
+PAPER_HIDDEN_SIZE = 768
 
 
 def prime_factors(number: int) -> tuple[int, ...]:
@@ -28,14 +32,40 @@ def prime_factors(number: int) -> tuple[int, ...]:
     return tuple(factors)
 
 
+def kronecker(left: Tensor, right: Tensor) -> Tensor:
+    """The Kronecker product of the last two dimensions: `[..., i, i]` and `[..., j, j]` -> `[..., ij, ij]`."""
+    size = left.shape[-1] * right.shape[-1]
+    product = left[..., :, None, :, None] * right[..., None, :, None, :]
+    return product.reshape(*left.shape[:-2], size, size)
+
+
+def permutation_mixture(logits: Tensor, size: int) -> Tensor:
+    """A convex combination of all permutation matrices, `[..., size! - 1]` -> `[..., size, size]`.
+
+    The logits belong to the permutations after the identity, whose logit is 0, in the order of
+    `itertools.permutations`; a permutation `order` takes row i to column `order[i]`.
+    """
+    # Sums of hundreds of weights miss 1 by several eps in fp32.
+    wide = widest_dtype(logits)
+    weights = torch.softmax(F.pad(logits, (1, 0)), dim=-1, dtype=wide)
+    orders = torch.tensor(list(permutations(range(size))), device=logits.device)
+    mixture = weights @ F.one_hot(orders, size).flatten(1).to(wide)
+    return mixture.to(logits.dtype).unflatten(-1, (size, size))
+
+
+def widest_dtype(tensor: Tensor) -> torch.dtype:
+    """float64, where the device has it: for sums over many entries of a small matrix."""
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64
+
+
 class IdentityMixing(Mixing):
     """H_res = I: the streams keep to themselves, only reading and writing is learned."""
 
-    rows_sum_to_one = True
-    num_logits = 0
+    doubly_stochastic = "exactly"
 
-    def initial_logits(self, residual_logit: float) -> Tensor:
-        return torch.zeros(0, dtype=torch.float32)
+    @staticmethod
+    def count_logits(num_streams: int) -> int:
+        return 0
 
     def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
         return streams
@@ -52,31 +82,32 @@ class KromHCMixing(Mixing):
         ValueError: if n has a prime factor above 5, whose i! permutations would be too many to learn.
     """
 
-    rows_sum_to_one = True
+    doubly_stochastic = "exactly"
 
     def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
         super().__init__(num_streams, sinkhorn_iterations)
+        # Not cached properties, whose lock torch.compile cannot enter.
         self.factors = prime_factors(num_streams)
-        if self.factors and self.factors[-1] > LARGEST_FACTOR:
-            largest = self.factors[-1]
-            raise ValueError(
-                f"num_streams must have no prime factor above {LARGEST_FACTOR} with variant 'kromhc', since a factor "
-                f"of size {largest} mixes {largest}! permutation matrices; got {num_streams}. "
-                f"Use num_streams={self._nearest(num_streams)}."
-            )
         self.logits_per_factor = tuple(factorial(size) - 1 for size in self.factors)
-        self.num_logits = sum(self.logits_per_factor)
         self.twos = self.factors.count(2)
 
     @staticmethod
-    def _nearest(num_streams: int) -> int:
-        return min(
-            (n for n in range(1, 2 * num_streams) if max(prime_factors(n), default=1) <= LARGEST_FACTOR),
-            key=lambda n: (abs(n - num_streams), -n),
-        )
+    def count_logits(num_streams: int) -> int:
+        return sum(factorial(size) - 1 for size in prime_factors(num_streams))
 
-    def initial_logits(self, residual_logit: float) -> Tensor:
-        return torch.full((self.num_logits,), -residual_logit, dtype=torch.float32)
+    @staticmethod
+    def check_defined_for(num_streams: int) -> None:
+        largest = max(prime_factors(num_streams), default=1)
+        if largest > LARGEST_FACTOR:
+            nearest = min(
+                (n for n in range(1, 2 * num_streams) if max(prime_factors(n), default=1) <= LARGEST_FACTOR),
+                key=lambda n: (abs(n - num_streams), -n),
+            )
+            raise ValueError(
+                f"num_streams must have no prime factor above {LARGEST_FACTOR} with variant 'kromhc', since a factor "
+                f"of size {largest} mixes {largest}! permutation matrices; got {num_streams}. "
+                f"Use num_streams={nearest}."
+            )
 
     def mix(self, streams: Tensor, logits: Tensor) -> Tensor:
         if not self.factors:
@@ -119,17 +150,6 @@ class KromHCMixing(Mixing):
         return functools.reduce(kronecker, factors)
 
 
-def kronecker(left: Tensor, right: Tensor) -> Tensor:
-    """The Kronecker product of the last two dimensions: `[..., i, i]` and `[..., j, j]` -> `[..., ij, ij]`."""
-    size = left.shape[-1] * right.shape[-1]
-    product = left[..., :, None, :, None] * right[..., None, :, None, :]
-    return product.reshape(*left.shape[:-2], size, size)
-
-
-LARGEST_MHC_LITE = 6
-PAPER_HIDDEN_SIZE = 768
-
-
 class MHCMixing(DenseMixing):
     """H_res = Sinkhorn-Knopp(n x n logits), rows and columns normalised in turn in log space (mHC, arXiv 2512.24880).
 
@@ -138,9 +158,7 @@ class MHCMixing(DenseMixing):
     matrix is symmetric, converges at once and is lossless.
     """
 
-    def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
-        super().__init__(num_streams, sinkhorn_iterations)
-        self.num_logits = num_streams**2
+    doubly_stochastic = "by iteration"
 
     def initial_logits(self, residual_logit: float) -> Tensor:
         return -residual_logit * (1 - torch.eye(self.num_streams, dtype=torch.float32)).flatten()
@@ -162,21 +180,22 @@ class MHCLiteMixing(DenseMixing):
         ValueError: above n = 6, with the number of parameters that the permutations would take.
     """
 
-    rows_sum_to_one = True
+    doubly_stochastic = "exactly"
 
-    def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
-        super().__init__(num_streams, sinkhorn_iterations)
-        self.num_logits = factorial(num_streams) - 1
+    @staticmethod
+    def count_logits(num_streams: int) -> int:
+        return factorial(num_streams) - 1
+
+    @staticmethod
+    def check_defined_for(num_streams: int) -> None:
         if num_streams > LARGEST_MHC_LITE:
-            rows, width = self.weight_shape(PAPER_HIDDEN_SIZE)
+            outputs = 2 * num_streams + MHCLiteMixing.count_logits(num_streams)
+            parameters = outputs * num_streams * PAPER_HIDDEN_SIZE
             raise ValueError(
                 f"num_streams must be at most {LARGEST_MHC_LITE} with variant 'mhc_lite', which has a logit for each "
-                f"of the n! permutations; got {num_streams}, which would take {rows * width:,} parameters per branch "
+                f"of the n! permutations; got {num_streams}, which would take {parameters:,} parameters per branch "
                 f"at a hidden size of {PAPER_HIDDEN_SIZE}. Use variant='kromhc'."
             )
-
-    def initial_logits(self, residual_logit: float) -> Tensor:
-        return torch.full((self.num_logits,), -residual_logit, dtype=torch.float32)
 
     def matrix(self, logits: Tensor) -> Tensor:
         return permutation_mixture(logits, self.num_streams)
@@ -190,11 +209,11 @@ class TBPMixing(DenseMixing):
     but the (n - 1)^2 steps depend on each other.
     """
 
-    rows_sum_to_one = True
+    doubly_stochastic = "exactly"
 
-    def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
-        super().__init__(num_streams, sinkhorn_iterations)
-        self.num_logits = (num_streams - 1) ** 2
+    @staticmethod
+    def count_logits(num_streams: int) -> int:
+        return (num_streams - 1) ** 2
 
     def initial_logits(self, residual_logit: float) -> Tensor:
         return residual_logit * (2 * torch.eye(self.num_streams - 1, dtype=torch.float32) - 1).flatten()
@@ -227,11 +246,8 @@ class HCMixing(DenseMixing):
     streams share, and a tanh; nothing is bounded or normalised. It starts at H_res = I whatever the residual logit.
     """
 
+    doubly_stochastic = "no"
     plain_gates = False
-
-    def __init__(self, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS):
-        super().__init__(num_streams, sinkhorn_iterations)
-        self.num_logits = num_streams**2
 
     def initial_logits(self, residual_logit: float) -> Tensor:
         return torch.eye(self.num_streams, dtype=torch.float32).flatten()
@@ -256,16 +272,6 @@ class HCMixing(DenseMixing):
         return pre, post
 
 
-VARIANTS: dict[str, type[Mixing]] = {
-    "kromhc": KromHCMixing,
-    "identity": IdentityMixing,
-    "mhc": MHCMixing,
-    "mhc_lite": MHCLiteMixing,
-    "tbp": TBPMixing,
-    "hc": HCMixing,
-}
-
-
 def make_mixing(variant: str, num_streams: int, sinkhorn_iterations: int = SINKHORN_ITERATIONS) -> Mixing:
     """The mixing of a variant by name.
 
@@ -275,3 +281,13 @@ def make_mixing(variant: str, num_streams: int, sinkhorn_iterations: int = SINKH
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}.")
     return VARIANTS[variant](num_streams, sinkhorn_iterations)
+
+
+VARIANTS: dict[str, type[Mixing]] = {
+    "kromhc": KromHCMixing,
+    "identity": IdentityMixing,
+    "mhc": MHCMixing,
+    "mhc_lite": MHCLiteMixing,
+    "tbp": TBPMixing,
+    "hc": HCMixing,
+}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from ..modeling.decoder_layer import END_NAMES, HyperConnectedLayer, LayerArguments, layer_arguments, layer_namespace
-from ..modeling.hyper_connection import HyperConnection, Mappings, observed
+from ..modeling.hyper_connection import HyperConnection, Mappings, has_hooks
 from ..modeling.kernels import UnwrittenStreams
 from ..modeling.layer_spec import LayerSpec
 from ..modeling.modeling_kromhc import with_readout
@@ -80,7 +80,7 @@ class HyperConnectionSite(nn.Module, BaseTunerLayer):
 
     def writes_first(self, write: Callable[[Tensor], Tensor]) -> bool:
         """See `HyperConnection.writes_first`."""
-        return not observed(self) and self.hyper_connection.writes_first(write)
+        return not has_hooks(self) and self.hyper_connection.writes_first(write)
 
     def mappings(self, streams: Tensor) -> Mappings:
         """The mappings of the active adapter, see `HyperConnection.mappings`."""

@@ -93,7 +93,7 @@ def test_streams_separate_in_training(shared, variant):
     hyper_connections = [module for module in model.modules() if isinstance(module, HyperConnection)]
     assert len(hyper_connections) == 10
     for module in hyper_connections:
-        pre, post, residual = module.weight.split(module.sizes)
+        pre, post, residual = module.weight.split(module.mixing.sizes)
         assert (pre.abs().amax(dim=1) > 0).all()
         assert (post.abs().amax(dim=1) > 0).all()
         # The first branch mixes n copies of the embedding and the last one mixes just before the mean is taken: a

@@ -7,6 +7,7 @@ from kromhc_hf.modeling.variants import VARIANTS, make_mixing, prime_factors
 
 
 EPS = torch.finfo(torch.float32).eps
+EXACT = [name for name, kind in VARIANTS.items() if kind.doubly_stochastic == "exactly"]
 ALLOWED = [
     *(("kromhc", n) for n in (*range(1, 7), 8, 9, 10, 12, 15, 16, 18, 24, 25, 32)),
     *(("mhc_lite", n) for n in range(1, 7)),
@@ -53,6 +54,10 @@ def test_matrices_are_doubly_stochastic(case: tuple[str, int]) -> None:
     assert doubly_stochastic_error(matrices) <= bound(*case)
 
 
+def test_every_exact_variant_is_tried() -> None:
+    assert {variant for variant, _ in ALLOWED} == set(EXACT)
+
+
 @pytest.mark.parametrize("case", [*ASYMMETRIC, *SYMMETRIC], ids=label)
 def test_matrix_and_mix_agree_with_the_definition(case: tuple[str, int]) -> None:
     variant, n = case
@@ -83,7 +88,7 @@ def test_equal_streams_stay_bitwise_equal(case: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("num_streams", [2, 3, 4, 6, 7, 16])
-@pytest.mark.parametrize("variant", ["mhc", "hc"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in EXACT])
 def test_initial_matrix_keeps_equal_streams_bitwise(variant: str, num_streams: int) -> None:
     mixing = make_mixing(variant, num_streams)
     streams = torch.randn(64, 1, 7).expand(-1, num_streams, -1)
@@ -91,7 +96,7 @@ def test_initial_matrix_keeps_equal_streams_bitwise(variant: str, num_streams: i
         assert torch.equal(mixing.mix(streams, mixing.initial_logits(residual_logit)), streams)
 
 
-@pytest.mark.parametrize("variant", ["kromhc", "mhc", "mhc_lite", "tbp"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
 def test_initial_logits_lean_towards_the_identity(variant: str) -> None:
     mixing = make_mixing(variant, 4)
     smallest = [mixing.matrix(mixing.initial_logits(logit)).diagonal().min() for logit in (0.0, 2.0, 4.0, 8.0)]
@@ -99,7 +104,7 @@ def test_initial_logits_lean_towards_the_identity(variant: str) -> None:
     assert smallest[-1] > 0.99
 
 
-@pytest.mark.parametrize("variant", ["kromhc", "mhc_lite", "tbp", "identity"])
+@pytest.mark.parametrize("variant", EXACT)
 def test_product_over_depth_is_doubly_stochastic(variant: str) -> None:
     mixing = make_mixing(variant, 4)
     product = torch.eye(4).expand(32, 4, 4)
