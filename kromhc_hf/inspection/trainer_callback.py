@@ -1,6 +1,7 @@
 """StreamMetricsCallback: what the streams do while a Trainer trains, in the Trainer's own log."""
 
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -105,11 +106,11 @@ def _move_to_front(callback: TrainerCallback) -> None:
     A Trainer puts its reporters first and hands callbacks no reference to itself or to the handler that calls them, so
     the handler is taken from the calling frame. Called without a Trainer there is nothing to move.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler):
             handler.callbacks.remove(callback)
             handler.callbacks.insert(0, callback)
             return
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
