@@ -67,11 +67,10 @@ def plot_mixing(records: Mapping[str, BranchRecord], path: Path) -> None:
 def new_figure(width: float, height: float) -> "Figure":
     """An empty figure of a size in inches, with a layout that leaves room for all labels."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
     # The letters of the browser's font may be taller than those that the layout is made with.
-    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)  # type: ignore[union-attr, call-arg]
-    return figure
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07))
 
 
 def draw_matrix(
@@ -193,11 +192,11 @@ def curves_figure(
     for i, (name, values) in enumerate(curves):
         # Later curves are thinner, so that equal ones can all be seen.
         left = len(curves) - 1 - i
-        sizes = {"markersize": 3 + 0.6 * left, "linewidth": 1.3 + 0.5 * left}
-        panel.plot(depth, values, color=SERIES[i], marker="osD^vX"[i], label=name, **sizes)  # type: ignore[arg-type]
+        size, width, shape = 3 + 0.6 * left, 1.3 + 0.5 * left, "osD^vX"[i]
+        panel.plot(depth, values, color=SERIES[i], marker=shape, label=name, markersize=size, linewidth=width)
     for i, (_, values) in enumerate(earlier):
-        style_of = {"color": SERIES[i], "linestyle": "--", "linewidth": 1.2}
-        panel.plot(depth, values, **style_of, label="before" if i == 0 else None)  # type: ignore[arg-type]
+        legend = "before" if i == 0 else None
+        panel.plot(depth, values, color=SERIES[i], linestyle="--", linewidth=1.2, label=legend)
     if floor is not None:
         panel.set_yscale("symlog", linthresh=floor)
         panel.set_ylim(bottom=-floor / 4)

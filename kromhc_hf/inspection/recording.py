@@ -1,4 +1,4 @@
-"""What the streams do: recording the mappings of a live model, and statistics of them as pure functions."""
+"""Recording what the streams of a live model do: the mappings of every branch, and the streams they come from."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,7 +81,10 @@ def record_mappings(
             streams = args[0].detach()
             streams = streams if max_tokens is None else streams[:1, :max_tokens]
             with torch.no_grad():
-                latest = BranchRecord._make((*module.mappings(streams), streams))
+                mappings = module.mappings(streams)
+                # Static mappings without a constraint are the parameter itself, which training goes on to change.
+                own = (part.detach().clone() if part.requires_grad else part for part in mappings)
+                latest = BranchRecord._make((*own, streams))
                 if append and name in records:
                     pairs = zip(records[name], latest)
                     latest = BranchRecord._make(torch.cat(pair, dim=1)[:, :max_tokens] for pair in pairs)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .inspection import Inspection, compared_sum_errors, mean_mapping, token_variation
 from .plots import DIVERGING, SEQUENTIAL, curves_figure, depth_map_figure, matrix_figure, scale_figure, token_map_figure
-from .statistics import composite_gain
+from .statistics import STATISTICS, composite_gain
 from .tables import short_name
 
 
@@ -102,11 +102,7 @@ def _mixing(inspection: Inspection, which: str, before: Inspection | None = None
     titles = [short_name(name) for name in names]
     pictures = _matrices(titles, means, "mean H_res", *weight_limits(means))
     if which != "before":
-        pictures.append(
-            _curves(
-                "off-identity mass", "off-identity mass (share)", ["off_identity_mass"], inspection, before, span=0.01
-            )
-        )
+        pictures.append(_curves("off-identity mass", ["off_identity_mass"], inspection, before))
     return Section(
         _titled("How the streams mix: H_res", which),
         "" if which == "before" else MIXING,
@@ -160,18 +156,16 @@ def _products(inspection: Inspection, before: Inspection | None) -> Section:
     ]
     matrices = [mean_mapping(forward[i]) for i in forwards] + [mean_mapping(backward[i]) for i in backwards]
     pictures = _matrices(titles, matrices, "product of H_res", *weight_limits(matrices))
-    keys = ["forward_gain", "backward_gain"]
-    own = [
-        ("composite, forward", inspection.over_depth(keys[0])),
-        ("composite, backward", inspection.over_depth(keys[1])),
-    ]
+    gains = [STATISTICS["forward_gain"], STATISTICS["backward_gain"]]
+    own = [(gain.curve, inspection.over_depth(gain.name)) for gain in gains]
     # Of a single matrix, forward and backward gain are its largest row and column sum.
     single = [composite_gain([record.h_res]) for record in inspection.records.values()]
     own += [("single, forward", [f.item() for f, _ in single]), ("single, backward", [b.item() for _, b in single])]
-    old = [] if before is None else [(name, before.over_depth(key)) for (name, _), key in zip(own, keys)]
+    old = [] if before is None else [(gain.curve, before.over_depth(gain.name)) for gain in gains]
     top = max(max(values) for _, values in [*own, *old])
     floor = 1e-2 if top > 20 else None
-    draw = partial(curves_figure, own, names, "gain (factor)", earlier=old, floor=floor, span=0.02)
+    axis, span = f"gain ({gains[0].unit})", gains[0].span
+    draw = partial(curves_figure, own, names, axis, earlier=old, floor=floor, span=span)
     pictures.append(Picture("large", "gain over depth", draw))
     return Section(
         "What all mixing together does: the product over depth",
@@ -209,35 +203,23 @@ def _similarity(inspection: Inspection, before: Inspection | None) -> Section:
         f"their size: 0 for equal streams. The effective number of streams goes from 1 (all alike) to {n} (nothing in "
         "common). All are measured where the branch reads.",
         [
-            _curves(
-                "stream similarity over depth",
-                "cosine and spread (no unit)",
-                ["stream_cosine", "stream_spread"],
-                inspection,
-                before,
-                span=0.02,
-            ),
-            _curves(
-                "effective number of streams over depth",
-                "effective number (streams)",
-                ["effective_num_streams"],
-                inspection,
-                before,
-                span=0.05,
-            ),
+            _curves("stream similarity over depth", ["stream_cosine", "stream_spread"], inspection, before),
+            _curves("effective number of streams over depth", ["effective_num_streams"], inspection, before),
         ],
     )
 
 
-def _curves(
-    label: str, axis: str, keys: Sequence[str], inspection: Inspection, before: Inspection | None, span: float
-) -> Picture:
+def _curves(label: str, keys: Sequence[str], inspection: Inspection, before: Inspection | None) -> Picture:
+    """Statistics of one unit over depth, in one picture."""
+    rows = [STATISTICS[key] for key in keys]
+
     def curves(source: Inspection | None) -> list[tuple[str, list[float]]]:
-        name = "after" if len(keys) == 1 else None
-        return [] if source is None else [(name or key.removeprefix("stream_"), source.over_depth(key)) for key in keys]
+        name = "after" if len(rows) == 1 else None
+        return [] if source is None else [(name or row.curve, source.over_depth(row.name)) for row in rows]
 
     own, old = curves(inspection), curves(before)
     names = list(inspection.records)
+    axis, span = f"{' and '.join(row.curve for row in rows)} ({rows[0].unit})", max(row.span for row in rows)
     return Picture("large", label, partial(curves_figure, own, names, axis, earlier=old, span=span))
 
 

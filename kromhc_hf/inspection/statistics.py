@@ -1,6 +1,8 @@
-"""Statistics of what the streams do, as pure functions of the recorded mappings."""
+"""Statistics of what the streams do: pure functions, and one table of what is computed, shown and logged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,10 +39,17 @@ def composite_gain(h_res: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         over all tokens. `forward[-1]` and `backward[0]` are those of the whole depth.
     """
     forward, backward = composite_products(h_res)
-    return (
-        torch.stack([product.abs().sum(-1).amax() for product in forward]),
-        torch.stack([product.abs().sum(-2).amax() for product in backward]),
-    )
+    return torch.stack(list(map(forward_gain, forward))), torch.stack(list(map(backward_gain, backward)))
+
+
+def forward_gain(product: Tensor) -> Tensor:
+    """The largest absolute row sum of a product of mixing matrices `[..., n, n]`, over all tokens."""
+    return product.abs().sum(-1).amax()
+
+
+def backward_gain(product: Tensor) -> Tensor:
+    """The largest absolute column sum of a product of mixing matrices `[..., n, n]`, over all tokens."""
+    return product.abs().sum(-2).amax()
 
 
 def composite_products(h_res: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -113,20 +122,143 @@ def effective_num_streams(streams: Tensor) -> Tensor:
     return (trace.square() / gram.square().sum((-2, -1)).clamp_min(torch.finfo(wide.dtype).tiny)).mean()
 
 
-def branch_statistics(record: BranchRecord) -> dict[str, float]:
-    """The statistics of one branch that need no other branch, as numbers."""
-    return {
-        "off_identity_mass": off_identity_mass(record.h_res).item(),
-        "doubly_stochastic_error": doubly_stochastic_error(record.h_res),
-        "read_entropy": read_entropy(record.h_pre).item(),
-        "stream_spread": stream_spread(record.streams).item(),
-        "stream_cosine": stream_cosine(record.streams).item(),
-        "effective_num_streams": effective_num_streams(record.streams).item(),
-    }
+def mean(values: Sequence[float]) -> float:
+    """The mean over branches."""
+    return sum(values) / len(values)
+
+
+class BranchInDepth(NamedTuple):
+    """A branch, and the products of `h_res` from the first branch to it and from it to the last, `[B, S, n, n]`."""
+
+    record: BranchRecord
+    forward_product: Tensor
+    backward_product: Tensor
+
+
+# What a statistic is computed of.
+Source = TypeVar("Source")
+
+
+@dataclass(frozen=True)
+class Statistic(Generic[Source]):
+    """One statistic: how it is computed, what it is called and how it is written, for every place that shows it.
+
+    Args:
+        name: its key in the log and in JSON.
+        label: its name in words.
+        of_branch: its value for one branch.
+        of_model: its value for the model, from those of the branches in order.
+        format: how its value is written, as a format specification.
+        column: its heading in the table of the branches; empty if it has no column there.
+        line: its place among the lines on the whole model, from the top; 0 if it has no line there.
+        total: what that line says, with `{value}`, and `{n}` for the number of streams.
+        curve: its name in a picture of several curves and on the axis of a picture.
+        unit: on the axis of a picture.
+        span: the least that this axis spans, so that rounding does not look like a signal.
+    """
+
+    name: str
+    label: str
+    of_branch: Callable[[Source], float]
+    of_model: Callable[[Sequence[float]], float] = mean
+    format: str = ".4f"
+    column: str = ""
+    line: int = 0
+    total: str = "{value} (mean over branches)"
+    curve: str = ""
+    unit: str = "no unit"
+    span: float = 0.0
+
+
+# In the order of the log and of JSON.
+STATISTICS: dict[str, Statistic[BranchInDepth]] = {
+    row.name: row
+    for row in (
+        Statistic[BranchInDepth](
+            name="off_identity_mass",
+            label="off-identity mass",
+            of_branch=lambda branch: off_identity_mass(branch.record.h_res).item(),
+            format=".2%",
+            column="off\nidentity",
+            line=4,
+            curve="off-identity mass",
+            unit="share",
+            span=0.01,
+        ),
+        Statistic[BranchInDepth](
+            name="doubly_stochastic_error",
+            label="doubly stochastic error",
+            of_branch=lambda branch: doubly_stochastic_error(branch.record.h_res),
+            of_model=max,
+            format=".1e",
+            column="sum\nerror",
+            line=3,
+            total="{value} (largest of all branches)",
+        ),
+        Statistic[BranchInDepth](
+            name="read_entropy",
+            label="entropy of read weights",
+            of_branch=lambda branch: read_entropy(branch.record.h_pre).item(),
+        ),
+        Statistic[BranchInDepth](
+            name="stream_spread",
+            label="stream spread",
+            of_branch=lambda branch: stream_spread(branch.record.streams).item(),
+            column="spread",
+            line=7,
+            total="{value} of their size (mean over branches)",
+            curve="spread",
+            span=0.02,
+        ),
+        Statistic[BranchInDepth](
+            name="stream_cosine",
+            label="cosine between streams",
+            of_branch=lambda branch: stream_cosine(branch.record.streams).item(),
+            line=6,
+            curve="cosine",
+            span=0.02,
+        ),
+        Statistic[BranchInDepth](
+            name="effective_num_streams",
+            label="effective number of streams",
+            of_branch=lambda branch: effective_num_streams(branch.record.streams).item(),
+            format=".3f",
+            line=5,
+            total="{value} of {n} (mean over branches)",
+            curve="effective number",
+            unit="streams",
+            span=0.05,
+        ),
+        Statistic[BranchInDepth](
+            name="forward_gain",
+            label="composite gain, forward",
+            of_branch=lambda branch: forward_gain(branch.forward_product).item(),
+            of_model=lambda values: values[-1],
+            format=".6f",
+            line=1,
+            total="{value} (largest row sum of the product over depth)",
+            curve="composite, forward",
+            unit="factor",
+            span=0.02,
+        ),
+        Statistic[BranchInDepth](
+            name="backward_gain",
+            label="composite gain, backward",
+            of_branch=lambda branch: backward_gain(branch.backward_product).item(),
+            of_model=lambda values: values[0],
+            format=".6f",
+            line=2,
+            total="{value} (largest column sum)",
+            curve="composite, backward",
+            unit="factor",
+            span=0.02,
+        ),
+    )
+}
 
 
 def stream_statistics(records: Mapping[str, BranchRecord]) -> dict[str, float]:
-    """The statistics of a forward: `<name>` for the whole model and `<branch>/<name>` for every branch.
+    """All of `STATISTICS` for a forward: `<name>` for the whole model and `<branch>/<name>` for every branch.
 
     In total, the doubly stochastic error is the largest of the branches, the gains are those of the whole depth and
     everything else is the mean.
@@ -141,12 +273,13 @@ def stream_statistics(records: Mapping[str, BranchRecord]) -> dict[str, float]:
         raise ValueError(
             "records must hold at least one branch; got none. Run the model inside the with block of record_mappings."
         )
-    per_branch = {name: branch_statistics(record) for name, record in records.items()}
-    forward, backward = composite_gain([record.h_res for record in records.values()])
-    for statistics, forward_gain, backward_gain in zip(per_branch.values(), forward.tolist(), backward.tolist()):
-        statistics |= {"forward_gain": forward_gain, "backward_gain": backward_gain}
-    values = list(per_branch.values())
-    total = {name: sum(s[name] for s in values) / len(values) for name in values[0]}
-    total["doubly_stochastic_error"] = max(s["doubly_stochastic_error"] for s in values)
-    total["forward_gain"], total["backward_gain"] = values[-1]["forward_gain"], values[0]["backward_gain"]
-    return total | {f"{branch}/{name}": value for branch, s in per_branch.items() for name, value in s.items()}
+    products = composite_products([record.h_res for record in records.values()])
+    branches = map(BranchInDepth, records.values(), *products)
+    return with_totals(STATISTICS.values(), dict(zip(records, branches)))
+
+
+def with_totals(rows: Collection[Statistic[Source]], branches: Mapping[str, Source]) -> dict[str, float]:
+    """Statistics of a model under `<name>`, and of every one of its branches under `<branch>/<name>`."""
+    of_branches = {name: {row.name: row.of_branch(branch) for row in rows} for name, branch in branches.items()}
+    of_model = {row.name: row.of_model([values[row.name] for values in of_branches.values()]) for row in rows}
+    return of_model | {f"{name}/{key}": v for name, values in of_branches.items() for key, v in values.items()}

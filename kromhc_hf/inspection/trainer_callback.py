@@ -1,6 +1,7 @@
 """StreamMetricsCallback: what the streams do while a Trainer trains, in the Trainer's own log."""
 
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -10,18 +11,17 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..training import hyper_connection_parameters
 from .recording import BranchRecord, branches, record_mappings
-from .statistics import stream_statistics
+from .statistics import Statistic, stream_statistics, with_totals
 
 
 class StreamMetricsCallback(TrainerCallback):
     """Logs what the streams do, with the Trainer's own log: `Trainer(..., callbacks=[StreamMetricsCallback()])`.
 
-    On every k-th optimizer step it records the mappings and computes, for every branch and in total, the off-identity
-    mass and doubly stochastic error of h_res, the composite gain over depth forward and backward, the entropy of
-    h_pre, the spread, the cosine and the effective number of the streams, and the gradient norm of the
-    hyper-connections after clipping. The latest sample goes into the next log entry under `hc/<name>` and
-    `hc/<branch>/<name>`. Training itself is not changed: the same losses with and without. A compiled model runs its
-    sampled steps eagerly.
+    On every k-th optimizer step it records the mappings and computes, for every branch and in total, all that
+    `stream_statistics` computes, such as the off-identity mass and the composite gain over depth of h_res and the
+    spread of the streams, and the gradient norm of the hyper-connections after clipping. The latest sample goes into
+    the next log entry under `hc/<name>` and `hc/<branch>/<name>`. Training itself is not changed: the same losses with
+    and without. A compiled model runs its sampled steps eagerly.
 
     Args:
         every: sample the first step and then every `every` optimizer steps.
@@ -76,20 +76,28 @@ class StreamMetricsCallback(TrainerCallback):
         self._records = {}
 
 
-def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """The gradient norm of the hyper-connections: `gradient_norm` of all, `<branch>/gradient_norm` of each.
-
-    Sharded gradients are gathered, so with FSDP2 call it on every rank.
-    """
-    norms = {f"{name}/gradient_norm": _gradient_norm(module) for name, module in branches(model).items()}
-    return {"gradient_norm": sum(norm**2 for norm in norms.values()) ** 0.5} | norms
-
-
 def _gradient_norm(module: nn.Module) -> float:
     gradients: list[Any] = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     norms: list[Tensor] = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
     whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     return torch.stack(whole).norm().item() if whole else 0.0
+
+
+# Not one of STATISTICS, since it is computed of a live module after its backward pass and not of a record.
+GRADIENT_NORM = Statistic[nn.Module](
+    name="gradient_norm",
+    label="gradient norm of the hyper-connections",
+    of_branch=_gradient_norm,
+    of_model=lambda values: sum(value**2 for value in values) ** 0.5,
+)
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """The gradient norm of the hyper-connections: `gradient_norm` of all, `<branch>/gradient_norm` of each.
+
+    Sharded gradients are gathered, so with FSDP2 call it on every rank.
+    """
+    return with_totals([GRADIENT_NORM], branches(model))
 
 
 def _move_to_front(callback: TrainerCallback) -> None:
@@ -98,11 +106,11 @@ def _move_to_front(callback: TrainerCallback) -> None:
     A Trainer puts its reporters first and hands callbacks no reference to itself or to the handler that calls them, so
     the handler is taken from the calling frame. Called without a Trainer there is nothing to move.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         handler = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler):
             handler.callbacks.remove(callback)
             handler.callbacks.insert(0, callback)
             return
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back

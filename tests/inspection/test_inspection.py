@@ -8,7 +8,7 @@ from support.handmade import IDENTITY, SWAP, UNIFORM, N, handmade, record
 from support.runs import retrofitted
 from support.tiny import configurations, make_model, separate_streams, token_ids
 
-from kromhc_hf import apply_hyper_connections, record_mappings
+from kromhc_hf import BranchRecord, apply_hyper_connections, record_mappings
 from kromhc_hf.inspection.inspection import compared_sum_errors, inspect_checkpoints, inspect_model, token_variation
 from kromhc_hf.inspection.statistics import stream_statistics
 
@@ -62,6 +62,18 @@ def test_recording_what_generate_does(model):
     with record_mappings(model) as records:
         model.generate(prompt, **options)
     assert {r.h_res.shape[1] for r in records.values()} == {1}
+
+
+@pytest.mark.parametrize("variant", ["hc", "kromhc"])
+def test_records_of_static_mappings_are_not_the_parameters(variant):
+    model = retrofitted(variant=variant, dynamic=False)
+    with record_mappings(model, token_ids(model.config)) as records:
+        before = {name: BranchRecord(*(part.clone() for part in record)) for name, record in records.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert equal_records(records, before)
+    assert not any(part.requires_grad for record in records.values() for part in record)
 
 
 def test_joining_forwards_refuses_gradients(model):

@@ -9,8 +9,10 @@ import pytest
 import torch
 from support.browser import DARK, measure, screenshot
 from support.handmade import IDENTITY, SWAP, TOKENS, UNIFORM, N, handmade, record
+from support.runs import retrofitted
+from support.tiny import token_ids
 
-from kromhc_hf import convert_checkpoint
+from kromhc_hf import convert_checkpoint, inspect_model
 from kromhc_hf.inspection.plots import depth_map_figure, token_map_figure, visible
 from kromhc_hf.inspection.report import report_html, write_report
 from kromhc_hf.inspection.report_sections import sections, weight_limits
@@ -177,6 +179,12 @@ def test_a_browser_shows_every_figure(page, tmp_path, width, flags):
         seen = pixels[top : top + height, left : min(left + figure_width, width)]
         # Drawn: text and picture stand out from the card in light and in dark.
         assert seen.max() - seen.min() > 0.5, figure
+
+
+def test_static_mappings_without_a_constraint_are_drawn():
+    model = retrofitted(variant="hc", dynamic=False)
+    page = report_html(inspect_model(model, token_ids(model.config, batch=1)))
+    assert "The mappings of this model are static" in page
 
 
 def test_a_real_checkpoint_takes_seconds_and_shows_progress(kromhc, shared, tmp_path):
