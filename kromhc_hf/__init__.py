@@ -42,6 +42,7 @@ from .training import (
 if TYPE_CHECKING:
     from .inspection.trainer_callback import StreamMetricsCallback
     from .peft.config import KromHCPeftConfig
+    from .peft.conversion import adapter_to_model, model_to_adapter
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "KromHCPeftConfig",
     "Mappings",
     "StreamMetricsCallback",
+    "adapter_to_model",
     "apply_hyper_connections",
     "convert_checkpoint",
     "count_parameters",
@@ -73,6 +75,7 @@ __all__ = [
     "inspect_checkpoints",
     "inspect_model",
     "load_hyper_connections",
+    "model_to_adapter",
     "optimizer_param_groups",
     "push_checkpoint",
     "push_folder",
@@ -90,16 +93,19 @@ register()
 register_with_peft()
 
 # Imported when asked for: the first needs transformers' Trainer, the second the optional package peft.
-_LAZY = {"StreamMetricsCallback": ".inspection.trainer_callback", "KromHCPeftConfig": ".peft.config"}
+_NEEDS_PEFT = {
+    "KromHCPeftConfig": ".peft.config",
+    "adapter_to_model": ".peft.conversion",
+    "model_to_adapter": ".peft.conversion",
+}
+_LAZY = {"StreamMetricsCallback": ".inspection.trainer_callback", **_NEEDS_PEFT}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "KromHCPeftConfig" and find_spec("peft") is None:
-        raise ImportError(
-            "KromHCPeftConfig needs the package peft, which is not installed: pip install 'kromhc-hf[peft]'."
-        )
-    if name == "KromHCPeftConfig":
+    if name in _NEEDS_PEFT and find_spec("peft") is None:
+        raise ImportError(f"{name} needs the package peft, which is not installed: pip install 'kromhc-hf[peft]'.")
+    if name in _NEEDS_PEFT:
         import_module("peft")  # which registers the method, and imports our module for it
     return getattr(import_module(_LAZY[name], __name__), name)

@@ -1,6 +1,6 @@
 """Hyper-connections on a live model: apply, has, remove."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.modeling_utils import PreTrainedModel
 
@@ -9,25 +9,22 @@ from .modeling.connection_plan import find_decoder, plan_connections
 from .modeling.decoder_layer import HyperConnectedLayer
 from .modeling.layer_fit import check_own_forward
 from .modeling.modeling_kromhc import HyperConnectedModel, install, uninstall
+from .modeling.options import StreamKeywords, StreamOptions, given_options, show_options
 
 
-def apply_hyper_connections(
-    model: Any,
-    num_streams: int = 4,
-    variant: str = "kromhc",
-    *,
-    init: str = "identity",
-    readout: str = "mean",
-    dynamic: bool = True,
-    residual_logit: float = 4.0,
-    eps: float = 1e-6,
-    sinkhorn_iterations: int = 20,
-    stream_embedding: bool = False,
-) -> Any:
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@show_options(StreamKeywords)
+def apply_hyper_connections(model: Any, *positional: Any, **options: "Unpack[StreamKeywords]") -> Any:
     """Gives a loaded transformers model n residual streams, in place; with init "identity" its output stays the same.
 
     Everything is checked first: when this raises, the model is what it was. The base parameters keep their names.
-    See `KromHCConfig` for the options.
+
+    Args:
+        model: a model of transformers whose family is supported.
+        **options: of the hyper-connections, see `StreamOptions`.
 
     Returns:
         The same model object, now of the class with hyper-connections.
@@ -35,6 +32,7 @@ def apply_hyper_connections(
     Raises:
         ValueError: if the model already has hyper-connections, its family is not supported, or an option is wrong.
     """
+    stream_options = StreamOptions(**given_options(positional, options))
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"model must be a transformers model; got {type(model).__name__}. "
@@ -46,18 +44,7 @@ def apply_hyper_connections(
             "Call remove_hyper_connections(model) first."
         )
     plan = plan_connections(model)
-    config = KromHCConfig(
-        backbone_config=model.config,
-        hc_num_streams=num_streams,
-        hc_variant=variant,
-        hc_init=init,
-        hc_readout=readout,
-        hc_dynamic=dynamic,
-        hc_residual_logit=residual_logit,
-        hc_eps=eps,
-        hc_sinkhorn_iterations=sinkhorn_iterations,
-        hc_stream_embedding=stream_embedding,
-    )
+    config = KromHCConfig(backbone_config=model.config, **stream_options.as_fields())
     replace_config(model, config)
     install(plan, config)
     return model

@@ -23,10 +23,12 @@ from rich.progress import (
 from rich.table import Table
 from transformers.utils import logging
 
+from .command_options import parse_layers, refuse_unread, stream_options
 from .conversion.convert import convert_checkpoint
 from .conversion.disk import LINKS
+from .conversion.files import ADAPTER_CONFIG
 from .conversion.hub import check_push, push_checkpoint
-from .conversion.report import ConversionReport
+from .conversion.report import ConversionReport, report_rows
 from .conversion.verification import verify_conversion
 from .demo import run_demo
 from .families_table import families_table
@@ -34,6 +36,7 @@ from .inspection.inspection import Inspection, inspect_checkpoints
 from .inspection.plots import require_matplotlib
 from .inspection.report import write_report
 from .inspection.tables import BRANCH_COLUMNS, branch_rows, total_rows
+from .modeling.options import StreamOptions
 
 
 app = typer.Typer(
@@ -44,38 +47,31 @@ app = typer.Typer(
 )
 output, messages = Console(), Console(stderr=True)
 
-Streams = Annotated[int, typer.Option("--num-streams", "-n", help="Number n of residual streams.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 
 
 @app.command()
+@stream_options
 def convert(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Folder of the base checkpoint, or its Hub id.")],
     destination: Annotated[Path, typer.Argument(help="Folder to make; must not exist or be empty.")],
-    num_streams: Streams = 4,
-    variant: Annotated[str, typer.Option(help="Parametrisation of the mixing matrix.")] = "kromhc",
-    init: Annotated[str, typer.Option(help="identity (nothing changes) or paper (from scratch).")] = "identity",
-    readout: Annotated[str, typer.Option(help="mean, sum, softmax, sigmoid, attention or norm_sum.")] = "mean",
-    static: Annotated[bool, typer.Option("--static", help="Mappings that do not depend on the token.")] = False,
-    residual_logit: Annotated[float, typer.Option(help="How strongly mixing leans towards the identity.")] = 4.0,
-    stream_embedding: Annotated[bool, typer.Option(help="A learned embedding per stream, zero at first.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of the Hub repository.")] = None,
     link: Annotated[str, typer.Option(help=f"How the weight files are taken over: {', '.join(LINKS)}.")] = "copy",
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for the model card.")] = None,
     push_to: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository, USER/NAME.")] = None,
     private: Private = False,
-    to_adapter: Annotated[str | None, typer.Option(help="Write a PEFT adapter of this base from a full model.")] = None,
     verify: Annotated[bool, typer.Option(help="Run both models and compare them.")] = True,
     as_json: AsJson = False,
+    **options: Any,
 ) -> None:
-    """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes.
-
-    Where SOURCE is a PEFT adapter of hyper-connections, its full model is written instead.
-    """
-    if to_adapter is not None or (Path(source) / "adapter_config.json").is_file():
-        _convert_adapter(source, destination, to_adapter)
-        return
+    """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes."""
+    refuse_unread(context, StreamOptions(**options))
+    if (Path(source) / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{source} has an adapter. Use kromhc adapter {source} {destination}.")
+    if private and push_to is None:
+        raise ValueError("--private would have no effect without an upload. Use it with --push-to USER/NAME.")
     if push_to is not None:
         check_push(push_to)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -90,22 +86,37 @@ def convert(
         report = convert_checkpoint(
             source,
             destination,
-            num_streams=num_streams,
-            variant=variant,
-            init=init,
-            readout=readout,
-            dynamic=not static,
-            residual_logit=residual_logit,
-            stream_embedding=stream_embedding,
             revision=revision,
             link=link,
             base_model=base_model,
             verify=verify,
             progress=advance,
+            **options,
         )
     _finish(report, as_json)
     if push_to is not None:
         _push(destination, push_to, private)
+
+
+@app.command()
+def adapter(
+    source: Annotated[Path, typer.Argument(help="Folder of a PEFT adapter of hyper-connections, or of a full model.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make; must not exist or be empty.")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base, if not the one that is named.")
+    ] = None,
+) -> None:
+    """Write the full model of an adapter and its base, or of a full model the adapter that makes it from its base."""
+    if find_spec("peft") is None:
+        raise ValueError("adapters need the package peft, which is not installed. Use pip install 'kromhc-hf[peft]'.")
+    from .peft.conversion import adapter_to_checkpoint, checkpoint_to_adapter
+
+    if not source.is_dir():
+        raise FileNotFoundError(f"source must be an existing folder; got {source}. Fetch it from the Hub first.")
+    write = adapter_to_checkpoint if (source / ADAPTER_CONFIG).is_file() else checkpoint_to_adapter
+    with messages.status("writing"):
+        write(source, destination, base)
+    output.print(f"{source} -> {destination}", soft_wrap=True)
 
 
 @app.command()
@@ -137,7 +148,7 @@ def verify(
     sample = None if text is None else text.read_text(encoding="utf-8")
     with messages.status("running both models on the same tokens"):
         report = verify_conversion(
-            base, converted, text=sample, max_tokens=max_tokens, dtype=dtype, layers=_layers(layers)
+            base, converted, text=sample, max_tokens=max_tokens, dtype=dtype, layers=parse_layers(layers)
         )
     _finish(report, as_json)
 
@@ -225,31 +236,6 @@ def _print_inspection(inspection: Inspection) -> None:
     output.print(table, totals)
 
 
-def _layers(text: str | None) -> str | range | None:
-    """`8:12` as a range; None and `all` as they are."""
-    if text is None or text == "all":
-        return text
-    first, colon, stop = text.partition(":")
-    if not (colon and first.isdecimal() and stop.isdecimal()):
-        raise ValueError(
-            f"layers must be all, or first:stop with two whole numbers; got {text!r}. Use for example 0:4."
-        )
-    return range(int(first), int(stop))
-
-
-def _convert_adapter(source: str, destination: Path, base: str | None) -> None:
-    if find_spec("peft") is None:
-        raise ValueError("adapters need the package peft, which is not installed. Use pip install 'kromhc-hf[peft]'.")
-    from .peft.conversion import adapter_to_checkpoint, checkpoint_to_adapter
-
-    with messages.status("writing"):
-        if base is None:
-            adapter_to_checkpoint(source, destination)
-        else:
-            checkpoint_to_adapter(source, destination, base)
-    output.print(f"{source} -> {destination}", soft_wrap=True)
-
-
 def _push(folder: Path, repo_id: str, private: bool) -> None:
     # On stderr, where the JSON of the report is not in the way.
     messages.print(f"uploaded: {push_checkpoint(folder, repo_id, private=private or None)}", soft_wrap=True)
@@ -269,38 +255,9 @@ def _table(report: ConversionReport) -> Table:
     table = Table(title=f"{report.source} -> {report.destination}", show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _rows(report):
+    for name, value in report_rows(report):
         table.add_row(name, str(value))
     return table
-
-
-def _rows(report: ConversionReport) -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = [
-        ("model type", report.model_type),
-        ("hyper-connections", f"{report.variant}, {report.num_streams} streams, init {report.init}"),
-        ("base tensors, unchanged", f"{report.base_tensors:,}"),
-        ("added parameters", f"{report.added_parameters:,} ({report.added_bytes:,} bytes)"),
-    ]
-    if report.lossless is None:
-        return rows
-    verdict = "bitwise equal" if report.bitwise_equal else f"max |difference| {report.max_logit_difference:.3g}"
-    return [
-        *rows,
-        ("compared on", f"{report.tokens} {'text' if report.text else 'random'} tokens in {report.dtype}"),
-        ("logits", f"{verdict} (largest |logit| {report.max_logit:.3g})"),
-        ("mean KL", f"{report.mean_kl:.3g} nats"),
-        ("top-1 agreement", f"{report.top1_agreement:.2%}"),
-        *_continuation_or_layers(report),
-        ("lossless", {True: "yes", False: "NO"}[bool(report.lossless)]),
-    ]
-
-
-def _continuation_or_layers(report: ConversionReport) -> list[tuple[str, Any]]:
-    if report.layers is None:
-        return [("greedy, base", report.greedy_base), ("greedy, converted", report.greedy_converted)]
-    first = report.first_different_layer
-    verdict = "all equal" if first is None else f"layer {first} is the first that differs"
-    return [("compared one by one", f"{len(report.layers)} layers: {verdict}")]
 
 
 def main() -> None:

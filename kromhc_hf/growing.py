@@ -1,6 +1,7 @@
 """More streams for a trained KromHC model: a Kronecker factor is added to every mixing matrix."""
 
 import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -8,10 +9,12 @@ from torch import Tensor
 
 from .applying import has_hyper_connections, replace_config
 from .modeling.connection_plan import find_decoder
+from .modeling.decoder_layer import make_expansion, make_readout
 from .modeling.hyper_connection import HyperConnection
 from .modeling.layer_fit import check_own_forward
-from .modeling.stream_ends import SigmoidReadout, SoftmaxReadout, StreamExpansion, StreamReadout
-from .modeling.variants import KromHCMixing, make_mixing, prime_factors
+from .modeling.options import StreamOptions
+from .modeling.stream_ends import READOUTS, SigmoidReadout, SoftmaxReadout, StreamReadout
+from .modeling.variants import KromHCMixing, prime_factors
 
 
 class Growth(NamedTuple):
@@ -64,7 +67,7 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
             "only models of variant 'kromhc' with at least 2 streams can be grown, since it adds a Kronecker factor; "
             f"got variant {config.hc_variant!r} with {before} streams. Give the base model more streams instead."
         )
-    if config.hc_readout in ("sum", "norm_sum"):
+    if not READOUTS[config.hc_readout].sums_to_one:
         raise ValueError(
             f"readout {config.hc_readout!r} would multiply the final hidden state by {factor}. "
             "Only models with a readout whose weights sum to 1 can be grown."
@@ -73,7 +76,7 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
         raise ValueError(f"factor must be an int of at least 2; got {factor!r}. Use factor=2 to double the streams.")
     if not 0 < kept < 1:
         raise ValueError(f"kept must lie between 0 and 1, both excluded; got {kept!r}. The default is 0.999.")
-    make_mixing(config.hc_variant, before * factor)
+    replace(config.stream_options(), num_streams=before * factor)
     layers = find_decoder(model).layers
     for position, layer in enumerate(layers):
         check_own_forward(layer, position)
@@ -85,9 +88,9 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
     replace_config(model, config)
     for size in prime_factors(factor):
         digit = _new_digit(config.hc_num_streams, size)
-        for layer in layers:
-            _grow_layer(layer, digit, kept)
         config.hc_num_streams *= size
+        for layer in layers:
+            _grow_layer(layer, config.stream_options(), digit, kept)
     difference = (_probe(model) - expected).abs().max().item()
     model.train(was_training)
     return Growth(before, config.hc_num_streams, difference)
@@ -109,26 +112,25 @@ def _new_digit(num_streams: int, size: int) -> Digit:
     return Digit(size, position, streams.expand(shape).flatten(), copies.expand(shape).flatten())
 
 
-def _grow_layer(layer: Any, digit: Digit, kept: float) -> None:
+def _grow_layer(layer: Any, options: StreamOptions, digit: Digit, kept: float) -> None:
+    hidden_size = layer.hc_config.hidden_size
+    layer.hc_options = options
     for name in layer.spec.names:
-        setattr(layer, name, _grow_hyper_connection(getattr(layer, name), digit, kept))
+        setattr(layer, name, _grow_hyper_connection(getattr(layer, name), options, digit, kept))
     if layer.expand_hc is not None:
-        expansion = StreamExpansion(layer.hc_config.hidden_size, digit.stream.numel())
-        layer.expand_hc = _filled(expansion, layer.expand_hc, {"weight": layer.expand_hc.weight[digit.stream]})
+        weight = layer.expand_hc.weight[digit.stream]
+        layer.expand_hc = _filled(make_expansion(options, hidden_size), layer.expand_hc, {"weight": weight})
     if layer.readout_hc is not None:
-        layer.readout_hc = _grow_readout(layer.readout_hc, digit, layer.hc_config.hidden_size, kept)
+        layer.readout_hc = _grow_readout(layer.readout_hc, make_readout(options, hidden_size), digit, kept)
 
 
-def _grow_hyper_connection(old: HyperConnection, digit: Digit, kept: float) -> HyperConnection:
+def _grow_hyper_connection(old: HyperConnection, options: StreamOptions, digit: Digit, kept: float) -> HyperConnection:
     new = HyperConnection(
         old.hidden_size,
-        digit.stream.numel(),
-        variant=old.variant,
+        options.num_streams,
         branch_index=old.branch_index,
-        init=old.init,
-        residual_logit=old.residual_logit,
-        dynamic=old.dynamic,
-        eps=old.eps,
+        kernel=old.kernel,
+        **options.of_branch(),
     )
     assert isinstance(old.mixing, KromHCMixing)
     assert isinstance(new.mixing, KromHCMixing)
@@ -152,8 +154,7 @@ def _grow_hyper_connection(old: HyperConnection, digit: Digit, kept: float) -> H
     return _filled(new, old, values)
 
 
-def _grow_readout(old: StreamReadout, digit: Digit, hidden_size: int, kept: float) -> StreamReadout:
-    new = type(old)(hidden_size, digit.stream.numel(), old.eps)
+def _grow_readout(old: StreamReadout, new: StreamReadout | None, digit: Digit, kept: float) -> StreamReadout:
     values: dict[str, Tensor] = dict(old.named_parameters())
     if isinstance(old, SoftmaxReadout):
         values["bias"] = old.bias[digit.stream]

@@ -1,57 +1,63 @@
-"""How many parameters hyper-connections add, for any setting, without building a model."""
+"""How many parameters hyper-connections add, for any setting, counted on modules that hold no memory."""
 
 from math import prod
+from typing import TYPE_CHECKING, Any
 
-from .modeling.hyper_connection import check_init
-from .modeling.stream_ends import LEARNED_READOUTS
-from .modeling.variants import make_mixing
+from torch import nn
+
+from .modeling.decoder_layer import make_expansion, make_readout
+from .modeling.hyper_connection import HyperConnection
+from .modeling.options import OPTIONS, StreamKeywords, StreamOptions, given_options, show_options
+from .modeling.stream_ends import READOUTS
 from .official.modules import official_module
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@show_options(StreamKeywords)
 def count_parameters(
     hidden_size: int,
-    num_streams: int = 4,
-    variant: str = "kromhc",
-    *,
+    *positional: Any,
     num_branches: int = 1,
-    dynamic: bool = True,
-    readout: str = "mean",
-    stream_embedding: bool = False,
     published: bool = False,
+    **options: "Unpack[StreamKeywords]",
 ) -> int:
     """The number of parameters that hyper-connections add to a model.
 
     Args:
         hidden_size: C.
-        num_streams: n.
-        variant: parametrisation of the mixing matrix.
         num_branches: how many residual branches have a hyper-connection; 24 for 12 layers of two.
-        dynamic: whether the mappings depend on the token.
-        readout: how the streams are joined; the learned ones add parameters once per model.
-        stream_embedding: whether streams get a learned embedding at expansion, once per model.
         published: count the authors' modules instead, with their learned gain and redundant logits.
+        **options: of the hyper-connections, see `StreamOptions`.
 
     Raises:
         ValueError: for an unknown variant, one not defined for `num_streams`, or `published` without official module
             or with options that it does not have.
     """
+    given = given_options(positional, options)
     if published:
-        if not dynamic or stream_embedding or readout not in ("mean", "sum", "norm_sum"):
-            raise ValueError(
-                "published counts the official modules, which are dynamic, without stream embedding or learned "
-                f"readout; got dynamic={dynamic}, stream_embedding={stream_embedding}, readout={readout!r}. "
-                "Leave these at their defaults."
-            )
-        return num_branches * sum(map(prod, official_module(variant).shapes(num_streams, hidden_size).values()))
+        defaults = {name: option.default for name, option in OPTIONS.items()}
+        return num_branches * _published(hidden_size, {**defaults, **given})
+    # Neither init adds anything, and the paper's goes with every readout.
+    chosen = StreamOptions(**{"init": "paper", **given})
+    branch = HyperConnection(hidden_size, chosen.num_streams, device="meta", **chosen.of_branch())
+    ends = (make(chosen, hidden_size, "meta") for make in (make_expansion, make_readout))
+    return num_branches * _count(branch) + sum(map(_count, ends))
 
-    check_init("paper", readout)
-    mixing = make_mixing(variant, num_streams)
-    if num_streams == 1:
-        return 0
-    per_branch = 2 * num_streams + mixing.num_logits
-    if dynamic:
-        per_branch += prod(mixing.weight_shape(hidden_size)) + 3
-    ends = num_streams * hidden_size if stream_embedding else 0
-    if readout in LEARNED_READOUTS:
-        ends += sum(map(prod, LEARNED_READOUTS[readout].shapes(hidden_size, num_streams).values()))
-    return num_branches * per_branch + ends
+
+def _published(hidden_size: int, options: dict[str, Any]) -> int:
+    """The parameters of one official module."""
+    dynamic, embedding, readout = (options[name] for name in ("dynamic", "stream_embedding", "readout"))
+    if not dynamic or embedding or READOUTS[readout].module is not None:
+        raise ValueError(
+            "published counts the official modules, which are dynamic, without stream embedding or learned "
+            f"readout; got dynamic={dynamic}, stream_embedding={embedding}, readout={readout!r}. "
+            "Leave these at their defaults."
+        )
+    return sum(map(prod, official_module(options["variant"]).shapes(options["num_streams"], hidden_size).values()))
+
+
+def _count(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())

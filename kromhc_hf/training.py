@@ -1,11 +1,12 @@
 """What training needs beside an optimizer: parameter groups, a frozen backbone, the hyper-connections' own state."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .modeling.hyper_connection import StreamModule
+from .modeling.stream_module import StreamModule
 
 
 # 3e-3 for the hyper-connections beside 1e-4 for LoRA on the backbone: "mHC for PEFT", arXiv 2607.18130.
@@ -149,6 +150,28 @@ def hyper_connection_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()
     }
+
+
+def load_hyper_connection_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], source: Any) -> None:
+    """The inverse of `hyper_connection_state_dict`: puts tensors into the hyper-connections of a model, all or none.
+
+    Args:
+        model: a model with hyper-connections.
+        tensors: what `hyper_connection_state_dict` returned, of a model with the same options.
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, unknown or of another shape; nothing is changed then.
+    """
+    expected = hyper_connection_state_dict(model)
+    for name in sorted(expected.keys() | tensors.keys()):
+        found, wanted = (list(t[name].shape) if name in t else None for t in (tensors, expected))
+        if found != wanted:
+            raise ValueError(
+                f"{source} must hold {name!r} with shape {wanted}, to fit {type(model).__name__}; got {found}. "
+                "Give the base that the hyper-connections were made for."
+            )
+    model.load_state_dict(tensors, strict=False)
 
 
 def unwrapped(model: Any) -> Any:

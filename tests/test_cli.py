@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from support.tiny import configurations, make_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kromhc_hf import supported_model_types
+from kromhc_hf.modeling.options import StreamOptions
 
 
 @pytest.fixture
@@ -37,6 +38,24 @@ def test_convert_without_verification_as_json(kromhc, base, tmp_path):
     assert code == 0
     assert (report["variant"], report["lossless"], report["passed"]) == ("identity", None, True)
     assert report["added_parameters"] == 6 * 8  # two biases of n in each of six branches
+
+
+def test_every_option_of_hyper_connections_can_be_given(kromhc, base, tmp_path):
+    given = ["-n", 2, "--variant", "mhc", "--init", "paper", "--readout", "attention", "--static", "--eps", "1e-3"]
+    given += ["--sinkhorn-iterations", 3, "--stream-embedding"]
+    code, _, _ = kromhc("convert", base, tmp_path / "out", "--no-verify", *given)
+    assert code == 0
+    options = AutoConfig.from_pretrained(tmp_path / "out").stream_options()
+    assert options == StreamOptions(
+        num_streams=2,
+        variant="mhc",
+        init="paper",
+        readout="attention",
+        dynamic=False,
+        eps=1e-3,
+        sinkhorn_iterations=3,
+        stream_embedding=True,
+    )
 
 
 def test_a_broken_promise_exits_with_1(kromhc, base, tmp_path):
@@ -85,6 +104,15 @@ def test_an_init_without_promise_exits_with_0(kromhc, base, tmp_path):
         (["convert", "{tmp}/nothing", "{tmp}/out"], "source must be an existing folder or a Hub id"),
         (["convert", "{base}", "{tmp}/out", "--link", "move"], "link must be one of copy, hardlink, symlink"),
         (["convert", "{base}", "{tmp}/out", "--base-model", "no id"], "base_model must be a Hub id"),
+        (["convert", "{base}", "{tmp}/out", "--private"], "--private would have no effect without an upload"),
+        (["convert", "{base}", "{tmp}/out", "--revision", "v2"], "revision must be of a Hub repository; got 'v2'"),
+        (["convert", "{base}", "{tmp}/out", "--sinkhorn-iterations", "5"], "variant 'kromhc' does not iterate"),
+        (
+            ["convert", "{base}", "{tmp}/out", "--init", "paper", "--readout", "sum", "--residual-logit", "2"],
+            "--residual",
+        ),
+        (["convert", "{base}", "{tmp}/out", "--static", "--eps", "1"], "--eps would have no effect: static mappings"),
+        (["convert", "{base}", "{tmp}/out", "--to-adapter", "{base}"], "No such option: --to-adapter"),
         (["push", "{base}", "ada/model"], "must hold a checkpoint with hyper-connections"),
         (["verify", "{base}", "{base}", "--layers", "2"], "layers must be all, or first:stop"),
         (["verify", "{base}", "{base}", "--layers", "2:9"], "layers must be 'all' or positions from 0 to 2"),

@@ -1,10 +1,9 @@
 import pytest
 import torch
-from support.connected import connected, tiny_llama
+from support.connected import LEARNED_READOUTS, connected, tiny_llama
 from support.tiny import token_ids
 
 from kromhc_hf import KromHCForCausalLM, grow_streams
-from kromhc_hf.modeling.stream_ends import LEARNED_READOUTS
 
 
 READOUTS = ["mean", *LEARNED_READOUTS]

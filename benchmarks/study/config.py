@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from benchmarks.study.statistics import MOST_SEEDS
-from kromhc_hf.modeling.hyper_connection import check_init
-from kromhc_hf.modeling.variants import VARIANTS, make_mixing
+from kromhc_hf.modeling.options import OPTIONS, StreamOptions, with_option_fields
+from kromhc_hf.modeling.stream_ends import READOUTS
+from kromhc_hf.modeling.variants import VARIANTS
 
 
 TRAINED = ("all", "hyper_connections", "lora", "lora_and_hyper_connections")
@@ -25,6 +26,7 @@ class StudyError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@with_option_fields
 class Arm:
     """One way to train, the same for all seeds. Paths are relative to the shared folder.
 
@@ -50,7 +52,7 @@ class Arm:
         against: the arm that this one is compared with, if not the study's reference.
         equal_time: shorten the training to the time that the arm it is compared with takes, by the measured costs.
 
-    The other fields are the options of `apply_hyper_connections`.
+    The other fields are the options of `apply_hyper_connections`, see `StreamOptions`.
     """
 
     model: str | None = None
@@ -69,15 +71,17 @@ class Arm:
     trained: str = "all"
     lora_rank: int | None = None
     variant: str | None = None
-    num_streams: int = 4
-    init: str = "identity"
-    readout: str = "mean"
-    dynamic: bool = True
-    residual_logit: float = 4.0
-    stream_embedding: bool = False
     symmetry_breaking: str = "peaked_reads"
     against: str | None = None
     equal_time: bool = False
+
+    def stream_options(self) -> StreamOptions:
+        """The options of its hyper-connections.
+
+        Raises:
+            ValueError: if one of them has a value that is not allowed.
+        """
+        return StreamOptions(**{name: getattr(self, name) for name in OPTIONS})
 
     def settings(self) -> dict[str, Any]:
         """What the result of a run depends on, beside the seed."""
@@ -179,11 +183,11 @@ def _check(arm: Arm) -> None:
         raise ValueError(f"trained={arm.trained!r} must {'' if wanted else 'not '}have a variant; got {arm.variant!r}.")
     if arm.variant is None:
         return
-    make_mixing(arm.variant, arm.num_streams)
-    check_init(arm.init, arm.readout)
-    if arm.trained == "lora_and_hyper_connections" and (arm.readout not in ("mean", "sum") or arm.stream_embedding):
+    arm.stream_options()
+    learned_ends = arm.stream_embedding or READOUTS[arm.readout].module is not None
+    if arm.trained == "lora_and_hyper_connections" and learned_ends:
         raise ValueError(
-            "readout must be mean or sum beside LoRA, without stream_embedding: PEFT's modules_to_save holds the "
+            "readout must not be learned beside LoRA, without stream_embedding: PEFT's modules_to_save holds the "
             f"hyper-connections alone; got {arm.readout!r}."
         )
     if arm.symmetry_breaking == "unequal_writes":

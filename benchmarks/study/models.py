@@ -28,16 +28,7 @@ def plain_model(arm: Arm, shared: Path) -> Any:
 def adapted_model(arm: Arm, model: Any) -> Any:
     """The plain model with the arm's streams and adapters, and what is not trained frozen; changes `model`."""
     if arm.variant is not None:
-        apply_hyper_connections(
-            model,
-            arm.num_streams,
-            arm.variant,
-            init=arm.init,
-            readout=arm.readout,
-            dynamic=arm.dynamic,
-            residual_logit=arm.residual_logit,
-            stream_embedding=arm.stream_embedding,
-        )
+        apply_hyper_connections(model, **arm.stream_options().to_dict())
         if arm.symmetry_breaking == "unequal_writes":
             write_unequally(model)
     if arm.trained == "hyper_connections":

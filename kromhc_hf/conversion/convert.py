@@ -3,16 +3,17 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..modeling.configuration_kromhc import KromHCConfig
-from ..modeling.hyper_connection import StreamModule
 from ..modeling.model_card import model_card
-from ..modeling.remote_code import auto_map, write_code
+from ..modeling.options import StreamKeywords, StreamOptions, show_options
+from ..modeling.remote_code import take_code_along
+from ..modeling.stream_module import StreamModule
 from .base import BaseCheckpoint
 from .disk import check_link, new_folder
 from .files import CARD, WEIGHTS, WEIGHTS_INDEX, write_json
@@ -20,6 +21,9 @@ from .report import ConversionReport
 from .tensor_files import TensorForm, write_safetensors
 from .verification import verify_conversion
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 HYPER_CONNECTIONS = "kromhc.safetensors"
 OWN_INDEX = "kromhc.safetensors.index.json"
@@ -37,24 +41,17 @@ VERIFICATION = (
 )
 
 
+@show_options(StreamKeywords)
 def convert_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    num_streams: int = 4,
-    variant: str = "kromhc",
-    init: str = "identity",
-    readout: str = "mean",
-    dynamic: bool = True,
-    residual_logit: float = 4.0,
-    eps: float = 1e-6,
-    sinkhorn_iterations: int = 20,
-    stream_embedding: bool = False,
     revision: str | None = None,
     link: str = "copy",
     base_model: str | None = None,
     verify: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: "Unpack[StreamKeywords]",
 ) -> ConversionReport:
     """Writes a checkpoint with n residual streams from a checkpoint without; no base tensor is loaded or rewritten.
 
@@ -66,14 +63,13 @@ def convert_checkpoint(
     Args:
         source: folder of the base checkpoint, or its Hub id.
         destination: folder to make; must not exist or be empty.
-        num_streams, variant, init, readout, dynamic, residual_logit, eps: see `KromHCConfig`.
-        sinkhorn_iterations, stream_embedding: likewise.
         revision: of the Hub repository.
         link: how the base's weight files get into the destination: "copy"; "hardlink" or "symlink", which take no
             space and no time; or "reflink-if-possible", a copy that shares its blocks where the file system can.
         base_model: Hub id of the base for the model card, where the source is a folder that does not tell.
         verify: whether to run base and converted model before the destination appears, see `verify_conversion`.
         progress: called with the bytes done so far and in all.
+        **options: of the hyper-connections, see `StreamOptions`.
 
     Raises:
         FileNotFoundError: if the source does not exist or has no weights.
@@ -83,19 +79,10 @@ def convert_checkpoint(
             of another repository, or has been converted already.
     """
     check_link(link)
+    chosen = StreamOptions(**options)
     base, destination = BaseCheckpoint.open(source, revision, base_model), Path(destination)
-    config: Any = KromHCConfig(
-        backbone_config=AutoConfig.from_pretrained(base.folder),
-        hc_num_streams=num_streams,
-        hc_variant=variant,
-        hc_init=init,
-        hc_readout=readout,
-        hc_dynamic=dynamic,
-        hc_residual_logit=residual_logit,
-        hc_eps=eps,
-        hc_sinkhorn_iterations=sinkhorn_iterations,
-        hc_stream_embedding=stream_embedding,
-    )
+    backbone = AutoConfig.from_pretrained(base.folder)
+    config: Any = KromHCConfig(backbone_config=backbone, **chosen.as_fields())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
@@ -110,15 +97,15 @@ def convert_checkpoint(
             # transformers prefers model.safetensors to any index that is not named in the configuration.
             index = config.transformers_weights = OWN_INDEX
         _write_index(target / index, {**base_files, **dict.fromkeys(added, HYPER_CONNECTIONS)})
-        write_code(target)
+        take_code_along(config, target)
         _describe(target, config, destination.name)
         report = ConversionReport(
             source=str(source),
             destination=str(destination),
             model_type=config.model_type,
-            num_streams=num_streams,
-            variant=variant,
-            init=init,
+            num_streams=chosen.num_streams,
+            variant=chosen.variant,
+            init=chosen.init,
             base_tensors=len(base_files),
             added_parameters=sum(torch.Size(form.shape).numel() for form in added.values()),
             added_bytes=sum(form.nbytes for form in added.values()),
@@ -174,7 +161,6 @@ def _write_index(path: Path, files: dict[str, str]) -> None:
 def _describe(folder: Path, config: Any, name: str) -> None:
     """Writes config.json and the model card, which say what is in the folder."""
     # save_pretrained of a configuration would leave transformers_weights out.
-    config.auto_map = auto_map(type(config))
     config.to_json_file(folder / "config.json")
     (folder / CARD).write_text(model_card(config, name), encoding="utf-8")
 

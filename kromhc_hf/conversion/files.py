@@ -19,6 +19,7 @@ PICKLED_WEIGHTS = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, PICKLED_WEIGHTS, PICKLED_INDEX)
 CARD = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe")
 COMPANION_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 COMPANION_FOLDERS = ("additional_chat_templates",)
@@ -29,9 +30,15 @@ def resolve_source(source: str | os.PathLike[str], revision: str | None = None) 
 
     Raises:
         FileNotFoundError: if it is neither a folder nor a repository that can be read.
+        ValueError: if a folder is asked for a revision.
     """
     folder = Path(source)
     if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision must be of a Hub repository; got {revision!r} with the folder {folder}, which has one state "
+                "alone. Leave it out, or give the Hub id."
+            )
         return folder
     if folder.exists():
         raise FileNotFoundError(f"source must be a folder or a Hub id; got the file {folder}. Give its folder.")

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.hub import resolve_revision
 
 from ..applying import apply_hyper_connections, has_hyper_connections
-from ..modeling.configuration_kromhc import FIELDS
 from ..modeling.model_card import model_card
-from ..training import hyper_connection_state_dict
+from ..modeling.options import OPTIONS
+from ..training import hyper_connection_state_dict, load_hyper_connection_state_dict
 from .files import CARD, may_write_card, read_json
 from .hub import upload
 
@@ -132,15 +132,7 @@ def load_hyper_connections(
             f"{path} were made; {base} is {model.config.model_type!r}."
         )
     apply_hyper_connections(model, **description["options"])
-    expected = hyper_connection_state_dict(model)
-    for name in sorted(expected.keys() | tensors.keys()):
-        found, wanted = (list(t[name].shape) if name in t else None for t in (tensors, expected))
-        if found != wanted:
-            raise ValueError(
-                f"{path} must hold {name!r} with shape {wanted}, to fit {base}; got {found}. "
-                "Give the base that it was made for with base_model=..."
-            )
-    model.load_state_dict(tensors, strict=False)
+    load_hyper_connection_state_dict(model, tensors, path)
     return model
 
 
@@ -172,7 +164,7 @@ def _description(
         "base_model": base_model,
         "base_revision": base_revision,
         "model_type": model_type,
-        "options": {field.removeprefix("hc_"): getattr(config, field) for field in FIELDS},
+        "options": config.stream_options().to_dict(),
     }
     known = {} if is_folder else {"base_model": base_model, "base_revision": base_revision}
     config.hc_conversion = {"license": (origin or {}).get("license"), **known}
@@ -223,8 +215,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} must be a complete safetensors file; {error}. Fetch the file again.") from error
     known = description if isinstance(description, dict) else {}
     missing = [key for key in DESCRIPTION_KEYS if key not in known]
-    fields = {field.removeprefix("hc_") for field in FIELDS}
-    if missing or not isinstance(known["options"], dict) or not known["options"].keys() <= fields:
+    if missing or not isinstance(known["options"], dict) or not known["options"].keys() <= OPTIONS.keys():
         without = f", without {missing[0]!r}" if missing else ""
         raise ValueError(
             f"{path} must say which base and options it belongs to, as save_hyper_connections writes it; "

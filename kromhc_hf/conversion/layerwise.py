@@ -18,7 +18,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..modeling.connection_plan import find_decoder, present_plan
-from ..modeling.hyper_connection import readout
+from ..modeling.stream_ends import mean_of_streams
 from .files import find_weights, read_json
 from .tensor_files import read_pickled
 
@@ -74,7 +74,7 @@ class LayerwiseModel:
 
         def record(layer: Any, _: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            states.append(readout(hidden, "mean") if hidden.dim() == 4 else hidden)
+            states.append(mean_of_streams(hidden) if hidden.dim() == 4 else hidden)
             _forget(layer)
 
         for position, layer in enumerate(self.layers):
@@ -90,7 +90,7 @@ class LayerwiseModel:
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if is_last and hidden_states.dim() == 4:
-                hidden_states = readout(hidden_states, "mean")
+                hidden_states = mean_of_streams(hidden_states)
             return hidden_states if extras is None else (hidden_states, *(None for _ in extras))
 
         return forward

@@ -67,3 +67,33 @@ class ConversionReport:
     def to_dict(self) -> dict[str, Any]:
         """All fields and `passed`, ready for JSON."""
         return {**asdict(self), "passed": self.passed}
+
+
+def report_rows(report: ConversionReport) -> list[tuple[str, Any]]:
+    """What a report says, as name and value, for the terminal."""
+    rows: list[tuple[str, Any]] = [
+        ("model type", report.model_type),
+        ("hyper-connections", f"{report.variant}, {report.num_streams} streams, init {report.init}"),
+        ("base tensors, unchanged", f"{report.base_tensors:,}"),
+        ("added parameters", f"{report.added_parameters:,} ({report.added_bytes:,} bytes)"),
+    ]
+    if report.lossless is None:
+        return rows
+    verdict = "bitwise equal" if report.bitwise_equal else f"max |difference| {report.max_logit_difference:.3g}"
+    return [
+        *rows,
+        ("compared on", f"{report.tokens} {'text' if report.text else 'random'} tokens in {report.dtype}"),
+        ("logits", f"{verdict} (largest |logit| {report.max_logit:.3g})"),
+        ("mean KL", f"{report.mean_kl:.3g} nats"),
+        ("top-1 agreement", f"{report.top1_agreement:.2%}"),
+        *_continuation_or_layers(report),
+        ("lossless", {True: "yes", False: "NO"}[bool(report.lossless)]),
+    ]
+
+
+def _continuation_or_layers(report: ConversionReport) -> list[tuple[str, Any]]:
+    if report.layers is None:
+        return [("greedy, base", report.greedy_base), ("greedy, converted", report.greedy_converted)]
+    first = report.first_different_layer
+    verdict = "all equal" if first is None else f"layer {first} is the first that differs"
+    return [("compared one by one", f"{len(report.layers)} layers: {verdict}")]

@@ -8,7 +8,6 @@ For each family one class is made on demand, for example `KromHCLlamaConfig(Krom
 import copy
 import os
 from collections.abc import Callable
-from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,25 +15,15 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .foreign_code import check_own_config
 from .host import config_class_name, config_class_of
-from .hyper_connection import check_init
 from .layer_fit import check_model_type, supported_model_types
-from .remote_code import Shareable, auto_map, write_code
-from .variants import make_mixing
+from .options import OPTIONS, StreamOptions
+from .remote_code import Shareable, take_code_along
 
 
 PREFIX = "kromhc_"
 
-FIELDS: dict[str, tuple[type, Any]] = {
-    "hc_num_streams": (int, 4),
-    "hc_variant": (str, "kromhc"),
-    "hc_init": (str, "identity"),
-    "hc_readout": (str, "mean"),
-    "hc_dynamic": (bool, True),
-    "hc_residual_logit": (float, 4.0),
-    "hc_eps": (float, 1e-6),
-    "hc_sinkhorn_iterations": (int, 20),
-    "hc_stream_embedding": (bool, False),
-}
+# The options in a configuration, where the family's own fields stand beside them.
+FIELDS = {f"hc_{name}": option for name, option in OPTIONS.items()}
 
 
 class KromHCConfig(Shareable):
@@ -45,17 +34,7 @@ class KromHCConfig(Shareable):
 
     Args:
         backbone_config: the configuration of a supported family; it is copied.
-        hc_num_streams: number n of residual streams.
-        hc_variant: parametrisation of the mixing matrix, see `kromhc_hf.mixing.VARIANTS`.
-        hc_init: "identity" (a pretrained model keeps its function) or "paper" (training from scratch).
-        hc_readout: how the streams are joined: "mean" or "sum" before the final norm, "norm_sum" after it (the authors'
-            own models, which normalise each stream), or before it with learned weights
-            "softmax" (per stream), "sigmoid" (predicted from all streams) or "attention" (one query).
-        hc_dynamic: whether the mappings depend on the token.
-        hc_residual_logit: how strongly mixing leans towards the identity at the identity init.
-        hc_eps: added to the mean square in the norm of the hyper-connections.
-        hc_sinkhorn_iterations: iterations of variant "mhc".
-        hc_stream_embedding: whether each stream gets a learned embedding where the streams are made, zero at first.
+        hc_<option>: an option of hyper-connections, such as `hc_num_streams`; see `StreamOptions`.
 
     Raises:
         ValueError: for an unsupported family or a field value that is not allowed.
@@ -105,9 +84,7 @@ class KromHCConfig(Shareable):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Writes `config.json` and the code files that load it, and its models, where this package is not installed."""
         os.makedirs(save_directory, exist_ok=True)
-        vars(self).pop("auto_map", None)
-        if write_code(Path(save_directory)):
-            self.auto_map = auto_map(type(self))
+        take_code_along(self, Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def to_backbone_config(self) -> PreTrainedConfig:
@@ -120,19 +97,21 @@ class KromHCConfig(Shareable):
         Raises:
             ValueError: with the rule, the value and the way out.
         """
-        for name, (kind, default) in FIELDS.items():
-            value = getattr(self, name)
-            if kind is float and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
-                setattr(self, name, value)
-            if name != "hc_num_streams" and not isinstance(value, kind):
-                raise ValueError(f"{name} must be of type {kind.__name__}; got {value!r}. The default is {default!r}.")
-            elif kind is float and not isfinite(value):
-                raise ValueError(f"{name} must be finite; got {value!r}. The default is {default!r}.")
-        if self.hc_eps < 0:  # type: ignore[attr-defined]
-            raise ValueError(f"hc_eps must not be negative; got {self.hc_eps!r}. The default is 1e-6.")  # type: ignore[attr-defined]
-        make_mixing(self.hc_variant, self.hc_num_streams, self.hc_sinkhorn_iterations)  # type: ignore[attr-defined]
-        check_init(self.hc_init, self.hc_readout)  # type: ignore[attr-defined]
+        for name, value in self.stream_options().to_dict().items():
+            setattr(self, f"hc_{name}", value)
+
+    def stream_options(self) -> StreamOptions:
+        """The options of the hyper-connections.
+
+        Raises:
+            ValueError: if one of the fields has a value that is not allowed.
+        """
+        try:
+            return StreamOptions(**{name: getattr(self, f"hc_{name}") for name in OPTIONS})
+        except ValueError as error:
+            # By the name that it has here.
+            prefix = "hc_" if str(error).partition(" ")[0] in OPTIONS else ""
+            raise ValueError(f"{prefix}{error}") from None
 
 
 def _recast(config: Any, target: type) -> Any:
@@ -141,7 +120,7 @@ def _recast(config: Any, target: type) -> Any:
     recast.__class__ = target
     for name in FIELDS:
         if issubclass(target, KromHCConfig):
-            vars(recast).setdefault(name, FIELDS[name][1])
+            vars(recast).setdefault(name, FIELDS[name].default)
         else:
             vars(recast).pop(name, None)
     # These describe a file that was read or its repository, not the model.
@@ -176,10 +155,10 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
         "__module__": __name__,
         "__qualname__": name,
         "__doc__": f"{backbone_class.__name__} with hyper-connections, see `KromHCConfig`.",
-        "__annotations__": {field: kind for field, (kind, _) in FIELDS.items()},
+        "__annotations__": {field: option.kind for field, option in FIELDS.items()},
         "model_type": PREFIX + model_type,
         "backbone_config_class": backbone_class,
-        **{field: default for field, (_, default) in FIELDS.items()},
+        **{field: option.default for field, option in FIELDS.items()},
     }
     cls: Any = type(name, (KromHCConfig, backbone_class), namespace)
     generated_init = cls.__init__

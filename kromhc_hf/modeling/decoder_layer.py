@@ -8,14 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .hyper_connection import HyperConnection, expand, readout
+from .hyper_connection import HyperConnection
 from .kernels import UnwrittenStreams
 from .layer_spec import LayerSpec, Step, Sublayer, attribute, forward_parameters
-from .stream_ends import LEARNED_READOUTS, StreamExpansion, StreamReadout
+from .options import StreamOptions
+from .stream_ends import READOUTS, StreamExpansion, StreamReadout, expand
+from .stream_module import StreamModule
 
 
 # Beside the hyper-connections, where the streams begin and end in a learned way: on the first and on the last layer.
 END_NAMES = ("expand_hc", "readout_hc")
+
+
+Connections = dict[str, StreamModule | None]
 
 
 class Arguments(NamedTuple):
@@ -45,6 +50,7 @@ class HyperConnectedLayer(nn.Module):
     arguments: ClassVar[dict[str, Arguments]]
 
     hc_config: Any
+    hc_options: Any  # StreamOptions, of the active adapter where there are adapters
     hc_layer_index: int
     expand_hc: StreamExpansion | None
     readout_hc: StreamReadout | None
@@ -69,31 +75,37 @@ class HyperConnectedLayer(nn.Module):
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
-        # "norm_sum" is carried out by the model, after its final norm.
-        is_last = self.hc_layer_index == self.hc_config.num_hidden_layers - 1
-        if is_last and self.hc_config.hc_readout != "norm_sum":
+        if self.hc_layer_index == self.hc_config.num_hidden_layers - 1 and not self.reads_out_after_norm():
             streams = self.read_out(streams)
         if self.spec.extras is None:
             return streams
         return streams, *(attention_output[i] if i < len(attention_output) else None for i in self.spec.extras)
 
+    def end(self, name: str) -> Any:
+        """The learned module at one end of the streams, if there is one."""
+        return getattr(self, name)
+
     def make_streams(self, hidden_states: Tensor) -> Tensor:
         """`[B, S, C]` -> `[B, S, n, C]`."""
-        if self.expand_hc is not None:
-            return self.expand_hc(hidden_states)
-        return expand(hidden_states, self.hc_config.hc_num_streams)
+        expansion = self.end("expand_hc")
+        return expand(hidden_states, self.hc_options.num_streams) if expansion is None else expansion(hidden_states)
+
+    def reads_out_after_norm(self) -> bool:
+        """Whether the model joins the streams itself, behind its final norm."""
+        return READOUTS[self.hc_options.readout].after_norm
 
     def read_out(self, streams: Tensor) -> Tensor:
         """`[B, S, n, C]` -> `[B, S, C]`."""
-        if self.readout_hc is not None:
-            return self.readout_hc(streams)
-        kind = self.hc_config.hc_readout
-        if kind in LEARNED_READOUTS:
+        learned, readout = self.end("readout_hc"), READOUTS[self.hc_options.readout]
+        if learned is not None:
+            return learned(streams)
+        if readout.module is not None:
             raise ValueError(
-                f"readout {kind!r} must be used with all {self.hc_config.num_hidden_layers} layers, since its weights "
-                f"belong to the last one; got an early exit after layer {self.hc_layer_index}. Use readout='mean'."
+                f"readout {self.hc_options.readout!r} must be used with all {self.hc_config.num_hidden_layers} layers, "
+                f"since its weights belong to the last one; got an early exit after layer {self.hc_layer_index}. "
+                "Use readout='mean'."
             )
-        return readout(streams, kind)
+        return readout.join(streams)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Generated classes have no importable name: what they are generated from is pickled instead.
@@ -203,38 +215,52 @@ def _restored(*made_from: Any) -> HyperConnectedLayer:
     return layer_class.__new__(layer_class)
 
 
-def connect_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> None:
-    """Turns a checked decoder layer into its hyper-connected class, in place, and adds the hyper-connections."""
+def make_expansion(options: StreamOptions, hidden_size: int, device: Any = None) -> StreamExpansion | None:
+    """What makes the streams, where that is learned."""
+    return StreamExpansion(hidden_size, options.num_streams, device=device) if options.stream_embedding else None
+
+
+def make_readout(options: StreamOptions, hidden_size: int, device: Any = None) -> StreamReadout | None:
+    """What joins the streams, where that is learned."""
+    module = READOUTS[options.readout].module
+    return None if module is None else module(hidden_size, options.num_streams, options.eps, device=device)
+
+
+def new_connections(layer: Any, spec: LayerSpec, options: StreamOptions, config: Any, position: int) -> Connections:
+    """The modules that hyper-connections add to the decoder layer at a position, by the name of the attribute.
+
+    They are on the device of the layer and in its mode; the ends of the streams are None where nothing is learned.
+    """
     # Where loading builds the model on the meta device, a family may still have real tensors of its own.
     devices = {parameter.device.type: parameter.device for parameter in layer.parameters()}
     device = devices.get("meta", next(layer.parameters()).device)
+    size, first_branch = config.hidden_size, position * len(spec.names)
+    made: Connections = {
+        name: HyperConnection(size, options.num_streams, branch_index=branch, device=device, **options.of_branch())
+        for branch, name in enumerate(spec.names, start=first_branch)
+    }
+    is_first, is_last = position == 0, position == config.num_hidden_layers - 1
+    made["expand_hc"] = make_expansion(options, size, device) if is_first else None
+    made["readout_hc"] = make_readout(options, size, device) if is_last else None
+    for module in made.values():
+        if module is not None:
+            module.train(layer.training)
+    return made
+
+
+def connect_layer(layer: Any, spec: LayerSpec, config: Any, options: StreamOptions, position: int) -> None:
+    """Turns a checked decoder layer into its hyper-connected class, in place, and adds the hyper-connections."""
+    connections = new_connections(layer, spec, options, config, position)
     layer_class: Any = type(layer)
     layer.__class__ = _layer_class(layer_class, spec, layer_arguments(layer, spec))
-    layer.hc_config, layer.hc_layer_index = config, position
-    for step, name in enumerate(spec.names):
-        hyper_connection = HyperConnection(
-            config.hidden_size,
-            config.hc_num_streams,
-            variant=config.hc_variant,
-            branch_index=position * len(spec.names) + step,
-            init=config.hc_init,
-            residual_logit=config.hc_residual_logit,
-            dynamic=config.hc_dynamic,
-            eps=config.hc_eps,
-            sinkhorn_iterations=config.hc_sinkhorn_iterations,
-            device=device,
-        )
-        layer.add_module(name, hyper_connection.train(layer.training))
-    sizes = (config.hidden_size, config.hc_num_streams)
-    is_first, is_last = position == 0, position == config.num_hidden_layers - 1
-    wants_embedding, learned = config.hc_stream_embedding and is_first, LEARNED_READOUTS.get(config.hc_readout)
-    layer.register_module("expand_hc", StreamExpansion(*sizes, device=device) if wants_embedding else None)
-    layer.register_module("readout_hc", learned(*sizes, config.hc_eps, device=device) if learned and is_last else None)
+    layer.hc_config, layer.hc_options, layer.hc_layer_index = config, options, position
+    for name, module in connections.items():
+        layer.register_module(name, module)
 
 
 def disconnect_layer(layer: Any) -> None:
     """The inverse of `connect_layer`."""
     for name in (*layer.spec.names, *END_NAMES):
         delattr(layer, name)
-    del layer.hc_config, layer.hc_layer_index
+    del layer.hc_config, layer.hc_options, layer.hc_layer_index
     layer.__class__ = layer.layer_class

@@ -2,7 +2,7 @@
 """The hyper-connection of one residual branch: it computes the mappings, reads the streams and writes them back."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,13 @@ from .kernels import (
     select_connect,
 )
 from .kernels_eager import without_autocast
-from .mixing import SINKHORN_ITERATIONS, cast, snapped_sum
-from .variants import make_mixing
+from .mixing import cast
+from .options import BRANCH_OPTIONS, BranchKeywords, StreamOptions, show_options
+from .stream_module import INITIAL_ALPHA, StreamModule, new_parameter
 
 
-INITS = ("identity", "paper")
-READOUTS = ("mean", "sum", "norm_sum", "softmax", "sigmoid", "attention")
-
-INITIAL_ALPHA = 0.01
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Mappings(NamedTuple):
@@ -37,54 +36,9 @@ class Mappings(NamedTuple):
     h_res: Tensor  # [B, S, n, n]
 
 
-def expand(hidden_states: Tensor, num_streams: int) -> Tensor:
-    """Makes n equal streams: `[B, S, C]` -> `[B, S, n, C]`, a view."""
-    return hidden_states.unsqueeze(-2).expand(*hidden_states.shape[:-1], num_streams, hidden_states.shape[-1])
-
-
-def readout(streams: Tensor, kind: str) -> Tensor:
-    """Joins the streams: `[B, S, n, C]` -> `[B, S, C]`, their mean or sum, accumulated in at least fp32.
-
-    The mean of equal streams is bitwise that stream.
-    """
-    wide = streams.to(torch.promote_types(streams.dtype, torch.float32))
-    if kind in ("sum", "norm_sum"):
-        return wide.sum(-2).to(streams.dtype)
-    first = wide[..., :1, :]
-    return (first + (wide - first).mean(-2, keepdim=True)).squeeze(-2).to(streams.dtype)
-
-
-def read(streams: Tensor, h_pre: Tensor) -> Tensor:
-    """`sum_j h_pre[j] streams[j]`: `[B, S, n, C]` and `[B, S, n]` -> `[B, S, C]`.
-
-    Written as `total * first + sum_j h_pre[j] (streams[j] - first)`: where the streams are equal and the weights sum
-    to 1, up to 4 eps of rounding, the result is bitwise that stream.
-    """
-    first = streams[..., :1, :]
-    rest = h_pre[..., 1:].unsqueeze(-1) * (streams[..., 1:, :] - first)
-    return snapped_sum(h_pre) * first.squeeze(-2) + rest.sum(-2)
-
-
 def optional_cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The tensor in this dtype, if there is one."""
     return None if tensor is None else cast(tensor, dtype)
-
-
-def check_init(name: str, readout_kind: str = "mean") -> None:
-    """Refuses unknown inits and readouts, and the pair that would break the promise of the identity init.
-
-    Raises:
-        ValueError: with the rule, the value and the way out.
-    """
-    if name not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}; got {name!r}.")
-    if readout_kind not in READOUTS:
-        raise ValueError(f"readout must be one of {', '.join(READOUTS)}; got {readout_kind!r}.")
-    if name == "identity" and readout_kind in ("sum", "norm_sum"):
-        raise ValueError(
-            "init 'identity' keeps the function of the base model only if the readout weights sum to 1; "
-            f"got readout {readout_kind!r}. Use readout='mean', or init='paper' to train from scratch."
-        )
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -92,24 +46,6 @@ def has_hooks(module: nn.Module) -> bool:
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     # Offloading puts a forward of its own on the instance.
     return any(hooks) or "forward" in vars(module) or bool(nn.modules.module._has_any_global_hook())
-
-
-class StreamModule(nn.Module):
-    """A module of the hyper-connections: its parameters stay fp32 (or wider) whatever `.to(dtype)` asks for.
-
-    Mappings computed from 16-bit parameters miss double stochasticity by 1e-2 of mass per layer.
-    """
-
-    def reset_parameters(self) -> None:
-        """Puts the parameters to their initial values, except those that a checkpoint has already filled."""
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StreamModule":
-        def keep_wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device, torch.float32)
-
-        return super()._apply(keep_wide, recurse)
 
 
 class HyperConnection(StreamModule):
@@ -130,52 +66,44 @@ class HyperConnection(StreamModule):
     Args:
         hidden_size: C.
         num_streams: n.
-        variant: name of the parametrisation of `h_res`.
         branch_index: which branch of the model this is; the init favours stream `branch_index % n`.
-        init: "identity" leaves the function of a pretrained model unchanged, bit for bit; "paper" is the published
-            one, for training from scratch.
-        residual_logit: with init "identity", minus the initial logit of every non-identity permutation; "paper"
-            fixes it at 8.
-        dynamic: whether the mappings depend on the streams; without, `weight` and `alpha` are None.
-        eps: added to the mean square inside the RMS norm.
-        sinkhorn_iterations: how often variant "mhc" normalises rows and columns.
         kernel: what reads and writes the streams: "torch" (plain PyTorch), "triton" (refused where it cannot run), or
             "auto" (Triton on a CUDA device, if it is installed). It can be set later, as the attribute `kernel`. The
             default is "torch" until the Triton kernels have been measured on a GPU.
+        **options: what a single hyper-connection reads of `StreamOptions`. Static mappings (`dynamic=False`) have no
+            `weight` and no `alpha`.
 
     Raises:
-        ValueError: for an unknown variant, init or kernel, or a number of streams that the variant does not allow.
+        ValueError: for an option that is not allowed, such as a number of streams that the variant is not defined for.
     """
 
+    @show_options(BranchKeywords)
     def __init__(
         self,
         hidden_size: int,
         num_streams: int,
         *,
-        variant: str = "kromhc",
         branch_index: int = 0,
-        init: str = "identity",
-        residual_logit: float = 4.0,
-        dynamic: bool = True,
-        eps: float = 1e-6,
-        sinkhorn_iterations: int = SINKHORN_ITERATIONS,
         kernel: str = "torch",
         device: torch.device | str | None = None,
+        **options: "Unpack[BranchKeywords]",
     ):
         super().__init__()
-        check_init(init)
         check_kernel(kernel)
-        self.kernel = kernel
-        self.mixing = make_mixing(variant, num_streams, sinkhorn_iterations)
-        self.hidden_size, self.num_streams, self.variant = hidden_size, num_streams, variant
-        self.branch_index, self.init, self.residual_logit = branch_index, init, residual_logit
-        self.dynamic, self.eps = dynamic, eps
+        if unknown := options.keys() - BRANCH_OPTIONS.keys():
+            raise TypeError(
+                f"a hyper-connection takes the options {', '.join(BRANCH_OPTIONS)}; got {', '.join(sorted(unknown))}. "
+                "Others are of the whole model, see apply_hyper_connections."
+            )
+        self.options = StreamOptions(num_streams=num_streams, **options)
+        self.kernel, self.branch_index = kernel, branch_index
+        self.mixing = self.options.mixing()
+        self.hidden_size, self.num_streams, self.eps = hidden_size, num_streams, self.options.eps
 
-        # The dtype is explicit because models are built under their own default dtype.
         def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
-            wanted = wanted and num_streams > 1
-            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)) if wanted else None
+            return new_parameter(*shape, device=device) if wanted and num_streams > 1 else None
 
+        dynamic = self.options.dynamic
         self.bias = parameter(sum(self.mixing.sizes))
         self.weight = parameter(*self.mixing.weight_shape(hidden_size), wanted=dynamic)
         self.alpha = parameter(3, wanted=dynamic)
@@ -184,11 +112,11 @@ class HyperConnection(StreamModule):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         if self.bias is not None:
-            bias = self.mixing.initial_bias(self.init, self.branch_index, self.residual_logit)
+            options = self.options
+            bias = self.mixing.initial_bias(options.init, self.branch_index, options.residual_logit)
             init.copy_(self.bias, bias.to(self.bias.device))
         if self.weight is not None and self.alpha is not None:
             init.zeros_(self.weight)
-            # A zero alpha next to a zero weight would never train.
             init.constant_(self.alpha, INITIAL_ALPHA)
 
     def forward(self, streams: Tensor | UnwrittenStreams) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -258,6 +186,6 @@ class HyperConnection(StreamModule):
         return F.linear(features, self.weight.to(wide.dtype)), features.square().mean(-1)
 
     def extra_repr(self) -> str:
-        mode = "dynamic" if self.dynamic else "static"
+        mode = "dynamic" if self.options.dynamic else "static"
         sizes = f"{self.hidden_size}, num_streams={self.num_streams}"
-        return f"{sizes}, variant={self.variant!r}, {mode}, kernel={self.kernel!r}"
+        return f"{sizes}, variant={self.options.variant!r}, {mode}, kernel={self.kernel!r}"

@@ -31,9 +31,11 @@ from .host import (
     mirror_weight_conversion,
     record_outputs_of,
 )
-from .hyper_connection import StreamModule, readout
 from .layer_fit import supported_model_types
+from .layer_spec import attribute
 from .remote_code import Shareable, class_name
+from .stream_ends import sum_of_streams
+from .stream_module import StreamModule
 
 
 class HyperConnectedModel(Shareable):
@@ -184,9 +186,9 @@ def install(plan: ConnectionPlan, config: Any) -> None:
     The modules hold `config`, a KromHCConfig, already.
     """
     owners, layers, path, _ = plan.decoder
-    before = {type(layer).__name__ for layer in layers}
+    options, before = config.stream_options(), {type(layer).__name__ for layer in layers}
     for position, (layer, spec) in enumerate(zip(layers, plan.specs)):
-        connect_layer(layer, spec, config, position)
+        connect_layer(layer, spec, config, options, position)
     for owner in owners:
         if not isinstance(owner, HyperConnectedModel):
             owner.__class__ = model_class(type(owner), type(config))
@@ -255,8 +257,10 @@ def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
             outputs["hidden_states"] = tuple(
                 last_layer.read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
             )
-        if getattr(self.config, "hc_readout", None) == "norm_sum" and self.hc_layers_path is not None:
-            _sum_normed_streams(outputs, self.config.hc_num_streams)
+        if self.hc_layers_path is not None:
+            last_layer = attribute(self, self.hc_layers_path)[-1]
+            if last_layer.reads_out_after_norm():
+                _sum_normed_streams(outputs, last_layer.hc_options.num_streams)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
@@ -268,7 +272,7 @@ def _sum_normed_streams(outputs: Any, num_streams: int) -> None:
     normed = outputs.last_hidden_state
     # [B, S, n, C], or [B * n, S, C] with the same order in memory where the model restores its input's shape.
     length = normed.shape[1]
-    outputs["last_hidden_state"] = readout(normed.reshape(-1, length, num_streams, normed.shape[-1]), "norm_sum")
+    outputs["last_hidden_state"] = sum_of_streams(normed.reshape(-1, length, num_streams, normed.shape[-1]))
     if getattr(outputs, "hidden_states", None) is not None:
         outputs["hidden_states"] = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
 

@@ -80,12 +80,19 @@ def write_code(folder: Path) -> bool:
             f"{folder} has files of somebody else by the names of code files ({', '.join(sorted(foreign))}). They are "
             "kept and the code files are left out, so the model in this folder loads where kromhc-hf is installed and "
             "nowhere else. Save it to a folder of its own to have it load everywhere.",
-            stacklevel=3,
+            stacklevel=4,
         )
         return False
     for file in files:
         shutil.copyfile(file, folder / file.name)
     return True
+
+
+def take_code_along(config: Any, folder: Path) -> None:
+    """Puts the code files beside a configuration that is about to be saved and names them in it, see `write_code`."""
+    vars(config).pop("auto_map", None)
+    if write_code(folder):
+        config.auto_map = auto_map(type(config))
 
 
 def _may_be_replaced(path: Path) -> bool:

@@ -1,13 +1,48 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""Learned ways to make streams from one hidden state and to join them again, one small module each."""
+"""Where streams begin and end: copies of one hidden state, joined again in one of the ways of the table `READOUTS`."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import log
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .hyper_connection import INITIAL_ALPHA, StreamModule, expand, read
+from .mixing import snapped_sum
+from .stream_module import INITIAL_ALPHA, StreamModule, new_parameter
+
+
+def expand(hidden_states: Tensor, num_streams: int) -> Tensor:
+    """Makes n equal streams: `[B, S, C]` -> `[B, S, n, C]`, a view."""
+    return hidden_states.unsqueeze(-2).expand(*hidden_states.shape[:-1], num_streams, hidden_states.shape[-1])
+
+
+def mean_of_streams(streams: Tensor) -> Tensor:
+    """`[..., n, C]` -> `[..., C]`, accumulated in at least fp32; the mean of equal streams is bitwise that stream."""
+    wide = _widened(streams)
+    first = wide[..., :1, :]
+    return (first + (wide - first).mean(-2, keepdim=True)).squeeze(-2).to(streams.dtype)
+
+
+def sum_of_streams(streams: Tensor) -> Tensor:
+    """`[..., n, C]` -> `[..., C]`, accumulated in at least fp32."""
+    return _widened(streams).sum(-2).to(streams.dtype)
+
+
+def read(streams: Tensor, weights: Tensor) -> Tensor:
+    """`sum_j weights[j] streams[j]`: `[..., n, C]` and `[..., n]` -> `[..., C]`.
+
+    Written as `total * first + sum_j weights[j] (streams[j] - first)`: where the streams are equal and the weights sum
+    to 1, up to 4 eps of rounding, the result is bitwise that stream.
+    """
+    first = streams[..., :1, :]
+    rest = weights[..., 1:].unsqueeze(-1) * (streams[..., 1:, :] - first)
+    return snapped_sum(weights) * first.squeeze(-2) + rest.sum(-2)
+
+
+def _widened(streams: Tensor) -> Tensor:
+    return streams.to(torch.promote_types(streams.dtype, torch.float32))
 
 
 class StreamExpansion(StreamModule):
@@ -21,7 +56,7 @@ class StreamExpansion(StreamModule):
     def __init__(self, hidden_size: int, num_streams: int, device: torch.device | str | None = None):
         super().__init__()
         self.num_streams = num_streams
-        self.weight = _parameter(num_streams, hidden_size, device=device) if num_streams > 1 else None
+        self.weight = new_parameter(num_streams, hidden_size, device=device) if num_streams > 1 else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -43,12 +78,15 @@ class StreamReadout(StreamModule):
         eps: added to the mean square in the norm of the streams.
     """
 
+    # Whether the weights depend on the streams, behind a norm.
+    normed = True
+
     def __init__(self, hidden_size: int, num_streams: int, eps: float = 1e-6, device: torch.device | str | None = None):
         super().__init__()
         self.num_streams, self.eps = num_streams, eps
         if num_streams > 1:
             for name, shape in self.shapes(hidden_size, num_streams).items():
-                self.register_parameter(name, _parameter(*shape, device=device))
+                self.register_parameter(name, new_parameter(*shape, device=device))
             self.reset_parameters()
 
     @staticmethod
@@ -69,13 +107,14 @@ class StreamReadout(StreamModule):
         if self.num_streams == 1:
             return streams.squeeze(-2)
         with torch.autocast(streams.device.type, enabled=False):
-            wide = streams.to(torch.promote_types(streams.dtype, torch.float32))
+            wide = _widened(streams)
             return read(wide, self.weights(wide)).to(streams.dtype)
 
 
 class SoftmaxReadout(StreamReadout):
     """One learned logit per stream, the same for all tokens."""
 
+    normed = False
     bias: nn.Parameter
 
     @staticmethod
@@ -104,7 +143,6 @@ class SigmoidReadout(StreamReadout):
         if self.num_streams > 1:
             init.constant_(self.bias, -log(self.num_streams - 1))
             init.zeros_(self.weight)
-            # A zero alpha next to a zero weight would never train.
             init.constant_(self.alpha, INITIAL_ALPHA)
 
     def weights(self, streams: Tensor) -> Tensor:
@@ -127,13 +165,28 @@ class AttentionReadout(StreamReadout):
         return torch.softmax((streams @ self.weight) * scale, dim=-1)
 
 
-LEARNED_READOUTS: dict[str, type[StreamReadout]] = {
-    "softmax": SoftmaxReadout,
-    "sigmoid": SigmoidReadout,
-    "attention": AttentionReadout,
+@dataclass(frozen=True)
+class Readout:
+    """One way to join the streams.
+
+    Args:
+        join: the function that does it where nothing is learned, `[..., n, C]` -> `[..., C]`.
+        module: the learned module that does it instead, in the last layer.
+        sums_to_one: whether its weights sum to 1, those of a module at the start: equal streams then pass unchanged.
+        after_norm: whether it follows the model's final norm, which is then applied to every stream.
+    """
+
+    join: Callable[[Tensor], Tensor] = mean_of_streams
+    module: type[StreamReadout] | None = None
+    sums_to_one: bool = True
+    after_norm: bool = False
+
+
+READOUTS: dict[str, Readout] = {
+    "mean": Readout(),
+    "sum": Readout(sum_of_streams, sums_to_one=False),
+    "norm_sum": Readout(sum_of_streams, sums_to_one=False, after_norm=True),
+    "softmax": Readout(module=SoftmaxReadout),
+    "sigmoid": Readout(module=SigmoidReadout),
+    "attention": Readout(module=AttentionReadout),
 }
-
-
-def _parameter(*shape: int, device: torch.device | str | None) -> nn.Parameter:
-    # The dtype is explicit because models are built under their own default dtype.
-    return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))

@@ -1,12 +1,12 @@
 """The configuration of hyper-connections as a PEFT method."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from ..modeling.hyper_connection import check_init
-from ..modeling.variants import make_mixing
+from ..modeling.options import OPTIONS, StreamOptions, with_option_fields
 
 
 TYPE_NAME = "KROMHC"
@@ -25,12 +25,14 @@ def peft_type() -> PeftType:
 
 
 @dataclass
+@with_option_fields
 class KromHCPeftConfig(PeftConfig):
     """Hyper-connections as a PEFT adapter: `get_peft_model(base_model, KromHCPeftConfig(num_streams=4))`.
 
-    The base stays a plain transformers model, whose output a new adapter leaves unchanged with init "identity". The
-    options are those of `apply_hyper_connections`. Several adapters can be added and switched, one is active at a time.
-    They can be stacked with LoRA, but not merged: the mappings depend on the token, and no weight of the base does.
+    The base stays a plain transformers model, whose output a new adapter leaves unchanged with init "identity". Every
+    option of `apply_hyper_connections` is a field, see `StreamOptions`. Several adapters can be added and switched, one
+    is active at a time. They can be stacked with LoRA, but not merged: the mappings depend on the token, and no weight
+    of the base does.
 
     Args:
         base_model_type: filled in when the adapter is made; another base is refused when it is loaded.
@@ -42,26 +44,25 @@ class KromHCPeftConfig(PeftConfig):
         ValueError: for an option that is not allowed.
     """
 
-    num_streams: int = 4
-    variant: str = "kromhc"
-    init: str = "identity"
-    readout: str = "mean"
-    dynamic: bool = True
-    residual_logit: float = 4.0
-    eps: float = 1e-6
     base_model_type: str | None = None
     base_hidden_size: int | None = None
     base_num_layers: int | None = None
     target_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Any) -> None: ...
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
-        make_mixing(self.variant, self.num_streams)
-        check_init(self.init, self.readout)
-        if self.readout not in ("mean", "sum"):
-            raise ValueError(
-                f"readout of an adapter must be mean or sum, since an adapter holds hyper-connections alone; "
-                f"got {self.readout!r}. Convert the model for a learned readout."
-            )
+        vars(self).update(self.stream_options().to_dict())
+
+    def stream_options(self) -> StreamOptions:
+        """The options of the hyper-connections.
+
+        Raises:
+            ValueError: if one of them has a value that is not allowed.
+        """
+        return StreamOptions(**{name: getattr(self, name) for name in OPTIONS})

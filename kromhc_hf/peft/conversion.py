@@ -5,20 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..applying import apply_hyper_connections, has_hyper_connections
 from ..conversion.disk import bring_file, new_folder
-from ..conversion.files import companion_files, read_json, resolve_source
+from ..conversion.files import ADAPTER_CONFIG, companion_files, read_json, resolve_source
 from ..modeling.configuration_kromhc import PREFIX
 from ..modeling.modeling_kromhc import KromHCForCausalLM
-from ..training import hyper_connection_state_dict
-from .config import KromHCPeftConfig
-from .layer import TENSOR_PREFIX, HyperConnectionSite
+from ..training import hyper_connection_state_dict, load_hyper_connection_state_dict
+from .config import TYPE_NAME, KromHCPeftConfig
+from .layer import TENSOR_PREFIX, StreamSite
+from .tuner import plan_adapter
 
 
 # What PEFT puts around the keys of a tensor: in front of them all, and between the site and its adapter.
@@ -50,12 +52,6 @@ def adapter_keys(model_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def connection_options(config: KromHCPeftConfig) -> dict[str, Any]:
-    """The arguments of `apply_hyper_connections` that an adapter stands for."""
-    names = ("num_streams", "variant", "init", "readout", "dynamic", "residual_logit", "eps")
-    return {name: getattr(config, name) for name in names}
-
-
 def adapter_to_model(peft_model: Any, adapter_name: str | None = None) -> Any:
     """Turns a base with an adapter of hyper-connections into the full model, for `save_pretrained` or `generate`.
 
@@ -75,7 +71,7 @@ def adapter_to_model(peft_model: Any, adapter_name: str | None = None) -> Any:
     others = {
         type(module).__name__
         for module in peft_model.modules()
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, HyperConnectionSite)
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, StreamSite)
     }
     if others:
         raise ValueError(
@@ -83,9 +79,9 @@ def adapter_to_model(peft_model: Any, adapter_name: str | None = None) -> Any:
             "Merge them first, with merge_and_unload() of their own PeftModel."
         )
     tensors = model_keys(get_peft_model_state_dict(peft_model, adapter_name=name))
-    model = apply_hyper_connections(peft_model.unload(), **connection_options(config))
-    incompatible = model.load_state_dict(tensors, strict=False)
-    assert not incompatible.unexpected_keys
+    options = config.stream_options().to_dict()
+    model = apply_hyper_connections(peft_model.unload(), **options)
+    load_hyper_connection_state_dict(model, tensors, f"adapter {name!r}")
     return model
 
 
@@ -106,7 +102,6 @@ def model_to_adapter(model: Any, destination: str | Path, base_model: str | Path
     if not has_hyper_connections(model):
         raise ValueError(f"model must have hyper-connections to write as an adapter; got {type(model).__name__}.")
     hf_config = model.config
-    options = connection_options_of(hf_config)
     config = KromHCPeftConfig(
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -114,7 +109,7 @@ def model_to_adapter(model: Any, destination: str | Path, base_model: str | Path
         base_model_type=hf_config.model_type.removeprefix(PREFIX),
         base_hidden_size=hf_config.hidden_size,
         base_num_layers=hf_config.num_hidden_layers,
-        **options,
+        **hf_config.stream_options().to_dict(),
     )
     config.save_pretrained(str(destination))
     tensors = {key: tensor.contiguous().cpu() for key, tensor in hyper_connection_state_dict(model).items()}
@@ -122,66 +117,69 @@ def model_to_adapter(model: Any, destination: str | Path, base_model: str | Path
     return config
 
 
-def connection_options_of(config: Any) -> dict[str, Any]:
-    """The arguments of `apply_hyper_connections` that a KromHCConfig stands for."""
-    return {
-        "num_streams": config.hc_num_streams,
-        "variant": config.hc_variant,
-        "init": config.hc_init,
-        "readout": config.hc_readout,
-        "dynamic": config.hc_dynamic,
-        "residual_logit": config.hc_residual_logit,
-        "eps": config.hc_eps,
-    }
-
-
-ADAPTER_CONFIG = "adapter_config.json"
-
-
-def adapter_to_checkpoint(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+def adapter_to_checkpoint(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> None:
     """Writes the full model that an adapter and its base make, with the base's tokenizer and generation files.
 
     Args:
-        source: folder of an adapter that was made with `KromHCPeftConfig`; it names its base.
+        source: folder of an adapter that was made with `KromHCPeftConfig`.
         destination: folder to make; must not exist or be empty.
+        base: folder or Hub id of the base, by default the one that the adapter names.
 
     Raises:
         FileNotFoundError: if the base cannot be found.
         FileExistsError: if the destination is not empty.
-        ValueError: if the adapter is of another method.
+        ValueError: if the adapter is of another method or for another base, names no base, or lacks a tensor.
     """
-    base = resolve_source(read_json(Path(source) / ADAPTER_CONFIG)["base_model_name_or_path"])
-    model = adapter_to_model(AutoPeftModelForCausalLM.from_pretrained(source))
-    with new_folder(Path(destination)) as folder:
-        model.save_pretrained(folder)
-        for file in companion_files(base):
-            copy = folder / file.relative_to(base)
+    path = Path(source) / ADAPTER_CONFIG
+    content = read_json(path)
+    if content.get("peft_type") != TYPE_NAME:
+        raise ValueError(
+            f"{path} must be of an adapter of hyper-connections, with peft_type {TYPE_NAME!r}; got "
+            f"{content.get('peft_type')!r}. Adapters of other methods are merged into their base by PEFT."
+        )
+    named = base or content.get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"{path} must name its base in base_model_name_or_path; got {named!r}. Give it with --base.")
+    config, folder = KromHCPeftConfig.from_pretrained(str(source)), resolve_source(named)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    plan_adapter(model, config)
+    apply_hyper_connections(model, **config.stream_options().to_dict())
+    load_hyper_connection_state_dict(model, model_keys(load_peft_weights(str(source), device="cpu")), source)
+    with new_folder(Path(destination)) as target:
+        model.save_pretrained(target)
+        for file in companion_files(folder):
+            copy = target / file.relative_to(folder)
             if not copy.exists():
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 bring_file(file, copy)
 
 
 def checkpoint_to_adapter(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], base: str | os.PathLike[str]
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
 ) -> None:
     """Writes the hyper-connections of a model as an adapter of its base, whose other tensors must be the same.
 
     Args:
         source: folder of a model with hyper-connections.
         destination: folder to make; must not exist or be empty.
-        base: folder or Hub id of the base, on which the adapter is to be loaded.
+        base: folder or Hub id of the base, by default the one that the model says it was converted from.
 
     Raises:
         FileExistsError: if the destination is not empty.
-        ValueError: if the base has other weights than the model.
+        ValueError: if the base is not known, or has other weights than the model.
     """
     model = KromHCForCausalLM.from_pretrained(source, dtype="auto")
+    named = base or (getattr(model.config, "hc_conversion", None) or {}).get("base_model")
+    if not named:
+        raise ValueError(f"the base of an adapter must be known; {source} does not say its own. Give it with --base.")
     own = model.state_dict()
-    for name, tensor in AutoModelForCausalLM.from_pretrained(base, dtype="auto").state_dict().items():
+    for name, tensor in AutoModelForCausalLM.from_pretrained(named, dtype="auto").state_dict().items():
         if name not in own or not torch.equal(own[name], tensor):
             raise ValueError(
-                f"the base of an adapter must have the same weights as the model; {base} differs in {name!r}. "
+                f"the base of an adapter must have the same weights as the model; {named} differs in {name!r}. "
                 "A model whose backbone was trained has to stay a full model."
             )
     with new_folder(Path(destination)) as folder:
-        model_to_adapter(model, folder, str(base))
+        model_to_adapter(model, folder, str(named))

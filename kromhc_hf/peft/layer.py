@@ -9,37 +9,27 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from ..modeling.connection_plan import Decoder
 from ..modeling.decoder_layer import END_NAMES, HyperConnectedLayer, LayerArguments, layer_arguments, layer_namespace
-from ..modeling.hyper_connection import HyperConnection, Mappings, has_hooks
-from ..modeling.kernels import UnwrittenStreams
+from ..modeling.hyper_connection import Mappings, has_hooks
 from ..modeling.layer_spec import LayerSpec
 from ..modeling.modeling_kromhc import with_readout
+from ..modeling.options import StreamOptions
+from ..modeling.stream_module import StreamModule
 
 
 # Keys and attributes that belong to the method; adapter names such as "kromhc" must not be part of it.
 TENSOR_PREFIX = "hyper_connection_"
 
 
-class StreamSettings:
-    """What a decoder layer reads from a KromHCConfig, for a base model whose own config has no such fields."""
-
-    def __init__(self, backbone_config: Any, num_streams: int, readout: str):
-        self.backbone_config = backbone_config
-        self.hc_num_streams, self.hc_readout = num_streams, readout
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.backbone_config.num_hidden_layers
-
-
-class HyperConnectionSite(nn.Module, BaseTunerLayer):
-    """The place of one hyper-connection in a decoder layer, with one `HyperConnection` per adapter.
+class StreamSite(nn.Module, BaseTunerLayer):
+    """The place in a decoder layer of a hyper-connection, or of a learned end of the streams: one module per adapter.
 
     A child of the decoder layer: PEFT takes everything in a tuner layer but its base layer for the adapter's.
     """
 
     adapter_layer_names = (TENSOR_PREFIX + "adapters",)
-    other_param_names = ("settings",)
+    other_param_names = ("options",)
     # PEFT's are properties that ask the base layer, which a site does not have.
     weight: Any = None
     bias: Any = None
@@ -47,7 +37,7 @@ class HyperConnectionSite(nn.Module, BaseTunerLayer):
     def __init__(self) -> None:
         super().__init__()
         self.hyper_connection_adapters = nn.ModuleDict()
-        self.settings: dict[str, StreamSettings] = {}
+        self.options: dict[str, StreamOptions] = {}
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, [], []
 
     @property
@@ -68,23 +58,26 @@ class HyperConnectionSite(nn.Module, BaseTunerLayer):
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
-    @property
-    def hyper_connection(self) -> HyperConnection:
-        """That of the active adapter."""
-        module = self.hyper_connection_adapters[str(self.active)]
-        assert isinstance(module, HyperConnection)
-        return module
+    def add(self, adapter_name: str, module: StreamModule, options: StreamOptions) -> None:
+        """Takes in the module of an adapter."""
+        self.hyper_connection_adapters[adapter_name] = module
+        self.options[adapter_name] = options
 
-    def forward(self, streams: Tensor | UnwrittenStreams) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        return self.hyper_connection(streams)
+    @property
+    def module(self) -> Any:
+        """That of the active adapter."""
+        return self.hyper_connection_adapters[str(self.active)]
+
+    def forward(self, inputs: Any) -> Any:
+        return self.module(inputs)
 
     def writes_first(self, write: Callable[[Tensor], Tensor]) -> bool:
         """See `HyperConnection.writes_first`."""
-        return not has_hooks(self) and self.hyper_connection.writes_first(write)
+        return not has_hooks(self) and self.module.writes_first(write)
 
     def mappings(self, streams: Tensor) -> Mappings:
         """The mappings of the active adapter, see `HyperConnection.mappings`."""
-        return self.hyper_connection.mappings(streams)
+        return self.module.mappings(streams)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         refuse_merge()
@@ -107,13 +100,19 @@ class AdaptedLayer(HyperConnectedLayer):
     """A decoder layer that runs with the active adapter's hyper-connections, or natively without one."""
 
     @property
-    def site(self) -> HyperConnectionSite:
+    def site(self) -> StreamSite:
         return getattr(self, self.spec.names[0])
 
     @property
-    def hc_config(self) -> StreamSettings:
-        assert self.site.active is not None
-        return self.site.settings[self.site.active]
+    def hc_options(self) -> StreamOptions:
+        return self.site.options[str(self.site.active)]
+
+    def end(self, name: str) -> Any:
+        site = getattr(self, name)
+        return None if site is None or site.active is None else site
+
+    def reads_out_after_norm(self) -> bool:
+        return self.site.active is not None and super().reads_out_after_norm()
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.site.active is None:
@@ -125,6 +124,7 @@ class AdaptedModel:
     """Mixed in front of the class of every transformers model that owns adapted layers."""
 
     backbone_class: ClassVar[type]
+    hc_layers_path: str | None = None
 
 
 # Adapted classes keep the name and module of the family's: to everything that goes by names (device maps, FSDP
@@ -146,13 +146,13 @@ def _same_name(cls: type) -> dict[str, str]:
     return {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
 
 
-def adapt_layer(layer: Any, spec: LayerSpec, position: int) -> None:
+def adapt_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> None:
     """Turns a checked decoder layer into its adapted class, in place, with sites that are still empty."""
     layer_class: Any = type(layer)
     layer.__class__ = _adapted_layer_class(layer_class, spec, layer_arguments(layer, spec))
-    layer.hc_layer_index = position
+    layer.hc_config, layer.hc_layer_index = config, position
     for name in spec.names:
-        layer.add_module(name, HyperConnectionSite())
+        layer.add_module(name, StreamSite())
     for name in END_NAMES:
         layer.register_module(name, None)
 
@@ -161,16 +161,21 @@ def restore_layer(layer: Any) -> None:
     """The inverse of `adapt_layer`."""
     for name in (*layer.spec.names, *END_NAMES):
         delattr(layer, name)
-    del layer.hc_layer_index
+    del layer.hc_config, layer.hc_layer_index
     layer.__class__ = layer.layer_class
 
 
-def adapt_model(model: Any) -> None:
-    """Turns a model that owns adapted layers into its adapted class, in place."""
-    backbone_class: Any = type(model)
-    model.__class__ = _adapted_model_class(backbone_class)
+def adapt_owners(decoder: Decoder) -> None:
+    """Turns the models that own adapted layers into their adapted classes, in place."""
+    for owner in decoder.owners:
+        if not isinstance(owner, AdaptedModel):
+            backbone_class: Any = type(owner)
+            owner.__class__ = _adapted_model_class(backbone_class)
+    decoder.owners[-1].hc_layers_path = decoder.path
 
 
-def restore_model(model: Any) -> None:
-    """The inverse of `adapt_model`."""
-    model.__class__ = model.backbone_class
+def restore_owners(decoder: Decoder) -> None:
+    """The inverse of `adapt_owners`."""
+    del decoder.owners[-1].hc_layers_path
+    for owner in decoder.owners:
+        owner.__class__ = owner.backbone_class

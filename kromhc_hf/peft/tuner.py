@@ -15,19 +15,17 @@ from torch import nn
 
 from ..applying import has_hyper_connections
 from ..modeling.connection_plan import ConnectionPlan, find_decoder, present_plan
-from ..modeling.hyper_connection import HyperConnection
+from ..modeling.decoder_layer import new_connections
 from .config import TYPE_NAME, KromHCPeftConfig, peft_type
 from .layer import (
     TENSOR_PREFIX,
     AdaptedLayer,
-    AdaptedModel,
-    HyperConnectionSite,
-    StreamSettings,
+    StreamSite,
     adapt_layer,
-    adapt_model,
+    adapt_owners,
     refuse_merge,
     restore_layer,
-    restore_model,
+    restore_owners,
 )
 
 
@@ -66,8 +64,8 @@ def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
         )
 
 
-def plan_adapter(model: Any, config: KromHCPeftConfig) -> ConnectionPlan:
-    """Where the hyper-connections of an adapter go, before anything is changed.
+def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, dict[str, Any]]:
+    """Where the hyper-connections of an adapter go, and what its configuration says about the base from then on.
 
     Raises:
         ValueError: if the family is not supported, the model has hyper-connections of its own, or the adapter was made
@@ -91,15 +89,14 @@ def plan_adapter(model: Any, config: KromHCPeftConfig) -> ConnectionPlan:
             f"The adapter must be loaded on the base model that it was made for, {made_for}; got "
             f"{type(model).__name__} with {actual}. Load {config.base_model_name_or_path or 'that base model'} first."
         )
-    vars(config).update(actual)
-    return plan
+    return plan, actual
 
 
 class HyperConnectionTuner(BaseTuner):
     """Adds the adapters of `KromHCPeftConfig` to a base model, which may have adapters of other methods already."""
 
     prefix = TENSOR_PREFIX
-    tuner_layer_cls = HyperConnectionSite
+    tuner_layer_cls = StreamSite
     target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -112,13 +109,12 @@ class HyperConnectionTuner(BaseTuner):
         while isinstance(base, PeftModel):
             base = base.get_base_model()
         config: Any = self.peft_config[adapter_name]
-        self._plan = plan_adapter(base, config)
+        self._plan, made_for = plan_adapter(base, config)
+        vars(config).update(made_for)
         path = next(path for path, module in model.named_modules() if module is self._plan.decoder.layers)
         config.target_modules = rf"{re.escape(path)}\.\d+"
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for owner in self._plan.decoder.owners:
-            if not isinstance(owner, AdaptedModel):
-                adapt_model(owner)
+        adapt_owners(self._plan.decoder)
 
     def _create_and_replace(
         self,
@@ -130,26 +126,16 @@ class HyperConnectionTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        position = int(target_name)
+        position, options = int(target_name), peft_config.stream_options()
         spec, backbone_config = self._plan.specs[position], self._plan.decoder.owners[0].config
+        connections = new_connections(target, spec, options, backbone_config, position)
         if not isinstance(target, AdaptedLayer):
-            adapt_layer(target, spec, position)
-        settings = StreamSettings(backbone_config, peft_config.num_streams, peft_config.readout)
-        device = next(target.parameters()).device
-        for step, name in enumerate(spec.names):
-            site = getattr(target, name)
-            site.hyper_connection_adapters[adapter_name] = HyperConnection(
-                backbone_config.hidden_size,
-                peft_config.num_streams,
-                variant=peft_config.variant,
-                branch_index=position * len(spec.names) + step,
-                init=peft_config.init,
-                residual_logit=peft_config.residual_logit,
-                dynamic=peft_config.dynamic,
-                eps=peft_config.eps,
-                device=device,
-            ).train(target.training)
-            site.settings[adapter_name] = settings
+            adapt_layer(target, spec, backbone_config, position)
+        for name, module in connections.items():
+            if module is not None:
+                if getattr(target, name) is None:
+                    target.register_module(name, StreamSite())
+                getattr(target, name).add(adapter_name, module, options)
 
     def _check_merge_allowed(self) -> None:
         refuse_merge()
@@ -159,8 +145,7 @@ class HyperConnectionTuner(BaseTuner):
             refuse_merge()
         for layer in self._plan.decoder.layers:
             restore_layer(layer)
-        for owner in self._plan.decoder.owners:
-            restore_model(owner)
+        restore_owners(self._plan.decoder)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model

@@ -1,12 +1,12 @@
 import pytest
 import torch
 from support import reference
+from support.connected import LEARNED_READOUTS
 from torch import nn
 
 from kromhc_hf import HyperConnection, doubly_stochastic_error
 from kromhc_hf.modeling import kernels_eager
-from kromhc_hf.modeling.hyper_connection import read
-from kromhc_hf.modeling.stream_ends import LEARNED_READOUTS, StreamExpansion
+from kromhc_hf.modeling.stream_ends import StreamExpansion, read
 from kromhc_hf.modeling.variants import VARIANTS
 
 

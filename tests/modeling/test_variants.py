@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.connected import connected, tiny_llama
+from support.connected import LEARNED_READOUTS, connected, tiny_llama
 from support.tiny import token_ids
 
 from kromhc_hf import (
@@ -12,7 +12,6 @@ from kromhc_hf import (
     count_parameters,
     remove_hyper_connections,
 )
-from kromhc_hf.modeling.stream_ends import LEARNED_READOUTS
 from kromhc_hf.modeling.variants import VARIANTS
 
 
@@ -99,7 +98,7 @@ def test_learned_readout_refuses_an_early_exit() -> None:
         ({"readout": "norm_sum"}, r"readout weights sum to 1; got readout 'norm_sum'"),
         ({"variant": "mhc_lite", "num_streams": 8}, r"would take 247,818,240 parameters per branch"),
         ({"variant": "mhc", "sinkhorn_iterations": 0}, r"sinkhorn_iterations must be an int of at least 1; got 0"),
-        ({"stream_embedding": 1}, r"hc_stream_embedding must be of type bool; got 1"),
+        ({"stream_embedding": 1}, r"^stream_embedding must be of type bool; got 1"),
     ],
 )
 def test_refusals_leave_the_model_alone(options: dict, message: str) -> None:

@@ -4,6 +4,11 @@ import torch
 from support.tiny import configurations, make_model
 
 from kromhc_hf import apply_hyper_connections
+from kromhc_hf.modeling.stream_ends import READOUTS
+
+
+# Name and module of the readouts that learn.
+LEARNED_READOUTS = {name: readout.module for name, readout in READOUTS.items() if readout.module is not None}
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32):

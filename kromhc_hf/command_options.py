@@ -1,0 +1,44 @@
+"""Options of the command line that are made from data, and those that need more than their type."""
+
+from collections.abc import Callable
+from inspect import Parameter, signature
+from typing import Annotated, Any
+
+import typer
+
+from .modeling.options import OPTIONS, StreamOptions, described_option
+
+
+def stream_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command an option for every option of hyper-connections, in the place of its `**options`."""
+    parameters = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    for name, option in OPTIONS.items():
+        spelled = f"--{name.replace('_', '-')}"
+        # What is on by default needs a word that turns it off.
+        names = ("/".join((spelled, *option.flags)),) if option.default is True else (spelled, *option.flags)
+        hint: Any = Annotated[option.kind, typer.Option(*names, help=described_option(option))]
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=hint))
+    shown: Any = command
+    shown.__signature__ = signature(command).replace(parameters=parameters)
+    return command
+
+
+def refuse_unread(context: typer.Context, options: StreamOptions) -> None:
+    """Refuses an option that was given and that nothing reads beside the others."""
+    for name, reason in options.without_effect().items():
+        # By name: the enumeration is click's, which some releases of typer have inside.
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} would have no effect: {reason}. Leave it out.")
+
+
+def parse_layers(text: str | None) -> str | range | None:
+    """`8:12` as a range; None and `all` as they are."""
+    if text is None or text == "all":
+        return text
+    first, colon, stop = text.partition(":")
+    if not (colon and first.isdecimal() and stop.isdecimal()):
+        raise ValueError(
+            f"layers must be all, or first:stop with two whole numbers; got {text!r}. Use for example 0:4."
+        )
+    return range(int(first), int(stop))

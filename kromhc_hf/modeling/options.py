@@ -1,0 +1,217 @@
+# Code of kromhc-hf, which travels with every model that it saves.
+"""The options of hyper-connections, each spelled out once: its type, default, documentation and check.
+
+Configurations, keyword arguments, the command line, adapters and studies are made from `OPTIONS`. To add an option, add
+a field to `BranchKeywords` (what every hyper-connection reads) or `StreamKeywords`, and whatever consumes it.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar, get_args, get_type_hints
+
+import torch
+
+from .mixing import SINKHORN_ITERATIONS, Mixing
+from .stream_ends import READOUTS
+from .variants import VARIANTS, make_mixing
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+INITS = ("identity", "paper")
+
+
+class Option(NamedTuple):
+    """What is known about an option beside its name.
+
+    Args:
+        default: its value where none is given.
+        help: what it does, in one line.
+        choices: the values that it may have, if they are names.
+        flags: other ways to spell it on the command line; of an option that is on by default, what turns it off.
+        kind: its type, filled in from the field.
+    """
+
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    kind: type = object
+
+
+class BranchKeywords(TypedDict, total=False):
+    """The options that every hyper-connection reads, as keyword arguments."""
+
+    variant: Annotated[str, Option("kromhc", "How the mixing matrix is parametrised.", tuple(VARIANTS))]
+    init: Annotated[
+        str, Option("identity", "identity (a pretrained model keeps its function) or paper (from scratch).", INITS)
+    ]
+    dynamic: Annotated[bool, Option(True, "Whether the mappings depend on the token.", flags=("--static",))]
+    residual_logit: Annotated[float, Option(4.0, "How strongly mixing leans towards the identity at first.")]
+    eps: Annotated[float, Option(1e-6, "Added to the mean square in the norm of the hyper-connections.")]
+    sinkhorn_iterations: Annotated[int, Option(SINKHORN_ITERATIONS, "How often variant mhc iterates.")]
+
+
+class StreamKeywords(BranchKeywords, total=False):
+    """All options of hyper-connections, as keyword arguments."""
+
+    num_streams: Annotated[int, Option(4, "Number n of residual streams; 1 is the plain model.", flags=("-n",))]
+    readout: Annotated[
+        str,
+        Option("mean", "How the streams are joined; norm_sum follows the final norm.", tuple(READOUTS)),
+    ]
+    stream_embedding: Annotated[bool, Option(False, "A learned embedding per stream, zero at first.")]
+
+
+# Functions take these by position as well.
+POSITIONAL = ("num_streams", "variant")
+
+
+def _options_of(keywords: type) -> dict[str, Option]:
+    parts = {name: get_args(hint) for name, hint in get_type_hints(keywords, include_extras=True).items()}
+    ordered = dict.fromkeys((*(name for name in POSITIONAL if name in parts), *parts))
+    return {name: parts[name][1]._replace(kind=parts[name][0]) for name in ordered}
+
+
+BRANCH_OPTIONS = _options_of(BranchKeywords)
+OPTIONS = _options_of(StreamKeywords)
+
+
+def with_option_fields(cls: type) -> type:
+    """Gives a class, before it becomes a dataclass, a field for every option that it does not spell out itself."""
+    own = inspect.get_annotations(cls)
+    for name, option in OPTIONS.items():
+        if name not in own:
+            own[name] = option.kind
+            setattr(cls, name, field(default=option.default, kw_only=name not in POSITIONAL))
+    cls.__annotations__ = own
+    return cls
+
+
+@dataclass(frozen=True)
+@with_option_fields
+class StreamOptions:
+    """A value for every option, checked.
+
+    Raises:
+        ValueError: for a value that is not allowed, with the rule, the value and the way out.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *positional: Any, **options: Unpack[StreamKeywords]) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __post_init__(self) -> None:
+        for name, option in OPTIONS.items():
+            if option.choices and getattr(self, name) not in option.choices:
+                raise ValueError(f"{name} must be one of {', '.join(option.choices)}; got {getattr(self, name)!r}.")
+        self.mixing()
+        for name, option in OPTIONS.items():
+            value, default = getattr(self, name), f"The default is {option.default!r}."
+            if option.kind is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+                object.__setattr__(self, name, value)
+            if not isinstance(value, option.kind) or (isinstance(value, bool) and option.kind is not bool):
+                raise ValueError(f"{name} must be of type {option.kind.__name__}; got {value!r}. {default}")
+            if isinstance(value, float) and not isfinite(value):
+                raise ValueError(f"{name} must be finite; got {value!r}. {default}")
+        if self.eps < 0:
+            raise ValueError(f"eps must not be negative; got {self.eps!r}. The default is {OPTIONS['eps'].default!r}.")
+        if self.init == "identity" and not READOUTS[self.readout].sums_to_one:
+            raise ValueError(
+                "init 'identity' keeps the function of the base model only if the readout weights sum to 1; "
+                f"got readout {self.readout!r}. Use readout='mean', or init='paper' to train from scratch."
+            )
+
+    def mixing(self) -> Mixing:
+        """The parametrisation of the mixing matrix."""
+        return make_mixing(self.variant, self.num_streams, self.sinkhorn_iterations)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values by name."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def as_fields(self) -> dict[str, Any]:
+        """The values under the names that they have in a configuration."""
+        return {f"hc_{name}": value for name, value in self.to_dict().items()}
+
+    def of_branch(self) -> BranchKeywords:
+        """The options that a single hyper-connection takes, as keyword arguments."""
+        values: Any = {name: getattr(self, name) for name in BRANCH_OPTIONS}
+        return values
+
+    def without_effect(self) -> dict[str, str]:
+        """The options that nothing reads beside these values, and why: for those who must not drop any in silence."""
+        mixing, unread = self.mixing(), {}
+        if mixing.doubly_stochastic != "by iteration":
+            unread["sinkhorn_iterations"] = f"variant {self.variant!r} does not iterate"
+        if self.init == "paper":
+            unread["residual_logit"] = "init 'paper' has a residual logit of its own"
+        elif torch.equal(mixing.initial_logits(1.0), mixing.initial_logits(2.0)):
+            unread["residual_logit"] = f"variant {self.variant!r} starts at the identity itself"
+        readout = READOUTS[self.readout].module
+        if not self.dynamic and not (readout and readout.normed):
+            unread["eps"] = "static mappings have no norm"
+        return unread
+
+
+def given_options(positional: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call that may have given the first ones by position, by name.
+
+    Raises:
+        TypeError: if too many are given by position, or one twice.
+    """
+    if len(positional) > len(POSITIONAL):
+        raise TypeError(f"options must be given by name, all but {' and '.join(POSITIONAL)}; got {positional!r}.")
+    by_position = dict(zip(POSITIONAL, positional))
+    if twice := by_position.keys() & options.keys():
+        raise TypeError(f"an option must be given once; got {', '.join(sorted(twice))} by position and by name.")
+    return {**by_position, **options}
+
+
+def show_options(keywords: type) -> Callable[[Decorated], Decorated]:
+    """Shows every option in the signature and the documentation of a function that takes them as `**options`.
+
+    Where the function takes anything by position too (`*positional`), the first options can be given that way.
+    """
+    options = _options_of(keywords)
+
+    def decorate(function: Decorated) -> Decorated:
+        shown: Any = function
+        signature = inspect.signature(function)
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        by_position = inspect.Parameter.VAR_POSITIONAL in kinds
+        parameters = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        for name, option in options.items():
+            leading = by_position and name in POSITIONAL
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if leading else inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, kind, default=option.default, annotation=option.kind))
+        shown.__signature__ = signature.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
+        shown.__doc__ = _documented(function.__doc__, options)
+        return function
+
+    return decorate
+
+
+def _documented(text: str | None, options: Mapping[str, Option]) -> str | None:
+    """A docstring with one line for each option in the place of the line about `**options`."""
+    lines: list[str] = []
+    for line in (text or "").splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        if line.lstrip().startswith("**options:"):
+            lines += [f"{indent}{name}: {described_option(option)}" for name, option in options.items()]
+        else:
+            lines.append(line)
+    return "\n".join(lines) if text else text
+
+
+def described_option(option: Option) -> str:
+    """What an option does, and the names that it may have."""
+    return f"{option.help} One of {', '.join(option.choices)}." if option.choices else option.help

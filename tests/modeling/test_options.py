@@ -1,0 +1,199 @@
+"""Options are spelled out once: a new one is a field, and shows up everywhere else by itself."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mypy import api as mypy
+from transformers import LlamaConfig
+
+import kromhc_hf
+from kromhc_hf import (
+    HyperConnection,
+    KromHCConfig,
+    KromHCPeftConfig,
+    apply_hyper_connections,
+    convert_checkpoint,
+    count_parameters,
+)
+from kromhc_hf.modeling.options import BRANCH_OPTIONS, OPTIONS, StreamOptions
+from kromhc_hf.modeling.variants import VARIANTS
+
+
+PROJECT = Path(kromhc_hf.__file__).parents[1]
+TAKE_ALL = (apply_hyper_connections, convert_checkpoint, count_parameters, KromHCPeftConfig, StreamOptions)
+
+
+@pytest.mark.parametrize("function", TAKE_ALL, ids=lambda function: function.__name__)
+def test_signatures_show_every_option_with_its_default(function):
+    parameters = inspect.signature(function).parameters
+    assert {name: parameters[name].default for name in OPTIONS} == {n: o.default for n, o in OPTIONS.items()}
+    assert {name: parameters[name].annotation for name in OPTIONS} == {n: o.kind for n, o in OPTIONS.items()}
+
+
+def test_a_hyper_connection_takes_what_a_branch_reads():
+    parameters = inspect.signature(HyperConnection).parameters
+    assert OPTIONS.keys() & parameters.keys() == {"num_streams", *BRANCH_OPTIONS}
+    with pytest.raises(TypeError, match=r"takes the options variant, init, .*; got readout"):
+        HyperConnection(8, 2, readout="mean")
+
+
+@pytest.mark.parametrize("function", [apply_hyper_connections, convert_checkpoint, count_parameters])
+def test_documentation_describes_every_option(function):
+    for option in OPTIONS.values():
+        assert option.help in function.__doc__
+    assert "**options" not in function.__doc__
+
+
+def test_a_configuration_has_every_option_as_a_field():
+    config = KromHCConfig(backbone_config=LlamaConfig(num_hidden_layers=1))
+    assert {name for name in config.to_dict() if name.startswith("hc_")} == {f"hc_{name}" for name in OPTIONS}
+    assert config.stream_options() == StreamOptions()
+
+
+def test_the_readme_lists_every_option_with_its_default():
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    for name, option in OPTIONS.items():
+        default = f"`{option.default}`" if isinstance(option.default, str | bool) else f"{option.default}"
+        assert f"| `{name}` | {default} |" in text, name
+
+
+def test_positional_options():
+    assert count_parameters(24, 2, "mhc") == count_parameters(24, num_streams=2, variant="mhc")
+    with pytest.raises(TypeError, match="must be given by name, all but num_streams and variant"):
+        count_parameters(24, 2, "mhc", "paper")
+    with pytest.raises(TypeError, match="must be given once; got num_streams by position and by name"):
+        count_parameters(24, 2, num_streams=2)
+    with pytest.raises(TypeError, match="nmu_streams"):
+        count_parameters(24, nmu_streams=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "unread"),
+    [
+        ({}, {"sinkhorn_iterations"}),
+        ({"variant": "mhc"}, set()),
+        ({"variant": "mhc", "init": "paper", "readout": "sum"}, {"residual_logit"}),
+        ({"variant": "hc"}, {"sinkhorn_iterations", "residual_logit"}),
+        ({"variant": "identity", "dynamic": False}, {"sinkhorn_iterations", "residual_logit", "eps"}),
+        ({"variant": "mhc", "dynamic": False, "readout": "softmax"}, {"eps"}),
+        ({"variant": "mhc", "dynamic": False, "readout": "sigmoid"}, set()),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_options_without_effect(options, unread):
+    assert StreamOptions(**options).without_effect().keys() == unread
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["sinkhorn_iterations", "residual_logit"])
+def test_without_effect_is_the_truth(variant, name):
+    """An option is said to have no effect exactly where the initial mixing matrix does not depend on it."""
+    default = OPTIONS[name].default
+    matrices = []
+    for value in (default, default / 4 if name == "residual_logit" else 1):
+        options = StreamOptions(variant=variant, num_streams=3, **{name: value})
+        mixing = options.mixing()
+        logits = mixing.initial_logits(options.residual_logit)
+        # Off the symmetric start, where one iteration is not yet enough.
+        matrices.append(mixing.matrix(logits + 0.3 * logits.new_tensor(range(len(logits)))))
+    equal = bool((matrices[0] == matrices[1]).all())
+    assert equal == (name in StreamOptions(variant=variant, num_streams=3).without_effect())
+
+
+USE = """
+from transformers import LlamaForCausalLM
+from kromhc_hf import HyperConnection, apply_hyper_connections, convert_checkpoint
+model: LlamaForCausalLM
+apply_hyper_connections(model, num_streams=4, variant="mhc", dynamic=False)
+apply_hyper_connections(model, 4, "mhc", eps=1e-5)
+convert_checkpoint("a", "b", num_streams=2, link="hardlink")
+HyperConnection(8, 4, residual_logit=2.0)
+apply_hyper_connections(model, num_streams="four")
+convert_checkpoint("a", "b", nmu_streams=2)
+HyperConnection(8, 4, readout="mean")
+"""
+
+
+def test_type_checkers_know_the_options(tmp_path):
+    (tmp_path / "use.py").write_text(USE)
+    out, _, _ = mypy.run([str(tmp_path / "use.py"), "--config-file", str(PROJECT / "pyproject.toml"), "--no-pretty"])
+    errors = [line for line in out.splitlines() if "use.py" in line and "error" in line]
+    assert [line.partition("use.py:")[2].partition(":")[0] for line in errors] == ["9", "10", "11"], out
+    for error, said in zip(errors, ("num_streams", "nmu_streams", "readout"), strict=True):
+        assert said in error
+
+
+EVERYWHERE = """
+import json, os, sys
+sys.path.append("PROJECT")
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+import kromhc_hf
+from kromhc_hf import *
+from kromhc_hf.modeling.options import OPTIONS
+from benchmarks.study.config import Arm
+
+found = {"package": kromhc_hf.__file__}
+sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained("base")
+load = AutoModelForCausalLM.from_pretrained
+model = apply_hyper_connections(load("base"), throwaway=0.25)
+found["configuration"] = model.config.hc_throwaway
+found["layer"] = model.model.layers[0].hc_options.throwaway
+model.save_pretrained("saved")
+found["saved"] = load("saved").config.hc_throwaway
+convert_checkpoint("base", "converted", throwaway=0.25)
+found["converted"] = load("converted").config.hc_throwaway
+adapted = get_peft_model(load("base"), KromHCPeftConfig(task_type="CAUSAL_LM", throwaway=0.25))
+adapted.save_pretrained("adapter")
+found["adapter"] = PeftModel.from_pretrained(load("base"), "adapter").peft_config["default"].throwaway
+found["full model of an adapter"] = adapter_to_model(adapted).config.hc_throwaway
+found["adapter of a full model"] = model_to_adapter(model, "back", "base").throwaway
+save_hyper_connections(model, "alone", base_model="base")
+found["alone"] = load_hyper_connections("alone").config.hc_throwaway
+grow_streams(model)
+found["grown"] = model.config.hc_throwaway, model.model.layers[0].hc_options.throwaway
+found["study"] = Arm(variant="mhc", throwaway=0.25).stream_options().throwaway
+count_parameters(16, throwaway=0.25)
+for wrong in ("x", float("nan")):
+    try:
+        apply_hyper_connections(load("base"), throwaway=wrong)
+    except ValueError as error:
+        found.setdefault("refused", []).append(str(error))
+print(json.dumps(found))
+"""
+
+
+def test_a_new_option_is_one_field(tmp_path):
+    """A copy of the package with one more field, and no other change: the option is everywhere."""
+    shutil.copytree(PROJECT / "kromhc_hf", tmp_path / "kromhc_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "kromhc_hf/modeling/options.py"
+    text, field = file.read_text(), "    stream_embedding: Annotated["
+    assert text.count(field) == 1
+    file.write_text(text.replace(field, f'    throwaway: Annotated[float, Option(0.5, "For a test.")]\n{field}'))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+
+    def run(*arguments: str) -> str:
+        options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+        result = subprocess.run([sys.executable, *arguments], **options)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    found = json.loads(run("-c", EVERYWHERE.replace("PROJECT", str(PROJECT))).splitlines()[-1])
+    assert found.pop("package").startswith(str(tmp_path))
+    refused = found.pop("refused")
+    assert refused[0] == "throwaway must be of type float; got 'x'. The default is 0.5."
+    assert refused[1] == "throwaway must be finite; got nan. The default is 0.5."
+    assert found.pop("grown") == [0.25, 0.25]
+    assert set(found.values()) == {0.25}, found
+    assert len(found) == 9
+    assert "For a test." in run("-m", "kromhc_hf.cli", "convert", "--help")
+    run("-m", "kromhc_hf.cli", "convert", "base", "out", "--no-verify", "--throwaway", "0.25")
+    assert json.loads((tmp_path / "out/config.json").read_text())["hc_throwaway"] == 0.25
