@@ -25,6 +25,7 @@ from .modeling.modeling_kromhc import (
     KromHCForTokenClassification,
     KromHCModel,
 )
+from .modeling.options import StreamOptions
 from .official.checkpoints import import_reference_checkpoint
 from .official.modules import import_reference_state_dict
 from .parameter_counts import count_parameters
@@ -34,6 +35,7 @@ from .training import (
     HyperConnectionTrainerMixin,
     freeze_backbone,
     hyper_connection_state_dict,
+    load_hyper_connection_state_dict,
     optimizer_param_groups,
     shard_hyper_connections,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "KromHCPeftConfig",
     "Mappings",
     "StreamMetricsCallback",
+    "StreamOptions",
     "adapter_to_model",
     "apply_hyper_connections",
     "convert_checkpoint",
@@ -74,6 +77,7 @@ __all__ = [
     "import_reference_state_dict",
     "inspect_checkpoints",
     "inspect_model",
+    "load_hyper_connection_state_dict",
     "load_hyper_connections",
     "model_to_adapter",
     "optimizer_param_groups",

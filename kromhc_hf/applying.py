@@ -13,7 +13,7 @@ from .modeling.options import StreamKeywords, StreamOptions, given_options, show
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
 
 @show_options(StreamKeywords)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .modeling.families import REFUSED, SUPPORTED
-from .modeling.layer_spec import ByConfig, LayerSpec, Row, Step, Sublayer
+from .modeling.layer_spec import Row, Step, Sublayer, layer_kinds
 
 
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
@@ -54,13 +54,6 @@ def write_families(file: Path) -> None:
     if not begin or not end:
         raise ValueError(f"{file} must have the markers {BEGIN} and {END}; add them where the table belongs.")
     file.write_text(f"{before}{BEGIN}\n{families_markdown()}\n{END}{after}", encoding="utf-8")
-
-
-def layer_kinds(row: Row) -> tuple[LayerSpec, ...]:
-    """All kinds of layers that models of a family may have."""
-    if isinstance(row, ByConfig):
-        return row.variants
-    return (row,) if isinstance(row, LayerSpec) else row
 
 
 def describe(row: Row) -> str:

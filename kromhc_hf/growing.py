@@ -76,6 +76,7 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
         raise ValueError(f"factor must be an int of at least 2; got {factor!r}. Use factor=2 to double the streams.")
     if not 0 < kept < 1:
         raise ValueError(f"kept must lie between 0 and 1, both excluded; got {kept!r}. The default is 0.999.")
+    # Refuses a number of streams that the variant is not defined for.
     replace(config.stream_options(), num_streams=before * factor)
     layers = find_decoder(model).layers
     for position, layer in enumerate(layers):

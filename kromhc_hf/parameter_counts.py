@@ -13,7 +13,7 @@ from .official.modules import official_module
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
 
 @show_options(StreamKeywords)

@@ -133,7 +133,7 @@ def freeze_backbone(model: Any) -> Any:
 def hyper_connection_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the hyper-connections alone, under the keys that they have in the unwrapped model's state dict.
 
-    A few MB that, with the base checkpoint, make the whole model again: `model.load_state_dict(tensors, strict=False)`.
+    A few MB that, with the base checkpoint, make the whole model again: see `load_hyper_connection_state_dict`.
     Sharded tensors are gathered, so with FSDP2 call it on every rank.
 
     Raises:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,12 @@ class BaseCheckpoint:
             done += amount
             progress(done, total)
 
+        if self.weights.pickled and link in ("hardlink", "symlink"):
+            warnings.warn(
+                f"link={link!r} has no effect: the weights of {self.folder} are .bin files, which are rewritten as "
+                "safetensors and take their own space.",
+                stacklevel=3,
+            )
         tensors = dict(self.weights.tensors)
         for file in self.weights.files:
             if self.weights.pickled:

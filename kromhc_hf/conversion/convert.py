@@ -23,7 +23,7 @@ from .verification import verify_conversion
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
 HYPER_CONNECTIONS = "kromhc.safetensors"
 OWN_INDEX = "kromhc.safetensors.index.json"

@@ -16,7 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .foreign_code import check_own_config
 from .host import config_class_name, config_class_of
 from .layer_fit import check_model_type, supported_model_types
-from .options import OPTIONS, StreamOptions
+from .options import OPTIONS, StreamOptions, documented
 from .remote_code import Shareable, take_code_along
 
 
@@ -34,7 +34,7 @@ class KromHCConfig(Shareable):
 
     Args:
         backbone_config: the configuration of a supported family; it is copied.
-        hc_<option>: an option of hyper-connections, such as `hc_num_streams`; see `StreamOptions`.
+        **options: of the hyper-connections with the prefix `hc_`, such as `hc_num_streams`, see `StreamOptions`.
 
     Raises:
         ValueError: for an unsupported family or a field value that is not allowed.
@@ -112,6 +112,9 @@ class KromHCConfig(Shareable):
             # By the name that it has here.
             prefix = "hc_" if str(error).partition(" ")[0] in OPTIONS else ""
             raise ValueError(f"{prefix}{error}") from None
+
+
+KromHCConfig.__doc__ = documented(KromHCConfig.__doc__, FIELDS)
 
 
 def _recast(config: Any, target: type) -> Any:

@@ -1,8 +1,9 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""Which model types are supported, as data: what the decoder layers of each family look like.
+"""Which model types are supported, as data: what the decoder layers of each family look like; and which are refused.
 
 A family is one row of `SUPPORTED`; a row with several specifications describes layers of different kinds in one model.
-A row that depends on the configuration is `ByConfig`.
+A row that depends on the configuration is `ByConfig`. The file is longer than others because it is one table, in which
+every row has its neighbours beside it.
 """
 
 from dataclasses import replace
@@ -63,7 +64,6 @@ PHI3 = sequential(
     Sublayer("mlp", "post_attention_layernorm", post=("resid_mlp_dropout",)),
 )
 PERSIMMON = sequential(ATTENTION, replace(FEED_FORWARD, post=("dropout",)))
-EMU3 = sequential(replace(ATTENTION, post=("dropout",)), replace(FEED_FORWARD, post=("dropout",)))
 APERTUS = sequential(Sublayer("self_attn", "attention_layernorm"), Sublayer("mlp", "feedforward_layernorm"))
 MODERNBERT = sequential(Sublayer("attn", "attn_norm"), Sublayer("mlp", "mlp_norm"))
 JETMOE = sequential(Sublayer("self_attention", "input_layernorm"), FEED_FORWARD)
@@ -147,9 +147,6 @@ LFM2 = tuple(sequential(mixer, LFM2_FEED_FORWARD) for mixer in (SHORT_CONVOLUTIO
 LFM3 = tuple(
     sequential(replace(mixer, post=("post_operator_norm",)), replace(LFM2_FEED_FORWARD, post=("post_ffn_norm",)))
     for mixer in (SHORT_CONVOLUTION, LFM2_ATTENTION)
-)
-FALCON_H1_MAMBA = recurrent(
-    "mamba", "input_layernorm", scale="ssm_out_multiplier", renames=(("mamba_attention_mask", "attention_mask"),)
 )
 FALCON_H1 = LayerSpec(
     (

@@ -25,7 +25,7 @@ from .stream_module import INITIAL_ALPHA, StreamModule, new_parameter
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
 
 class Mappings(NamedTuple):

@@ -114,6 +114,13 @@ class ByConfig:
 Row = LayerSpec | tuple[LayerSpec, ...] | ByConfig
 
 
+def layer_kinds(row: Row) -> tuple[LayerSpec, ...]:
+    """All kinds of layers that models of a family may have."""
+    if isinstance(row, ByConfig):
+        return row.variants
+    return (row,) if isinstance(row, LayerSpec) else row
+
+
 def sequential(attention: Sublayer, feed_forward: Sublayer, scale: str | None = None, **options: Any) -> LayerSpec:
     """Attention, then feed-forward, each with a residual connection of its own."""
     attention = replace(attention, attention=True)

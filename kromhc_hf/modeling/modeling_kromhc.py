@@ -1,12 +1,19 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """KromHCForCausalLM and its siblings: a family's own model classes, with hyper-connections in their decoder layers.
 
-`KromHCLlamaForCausalLM(KromHCForCausalLM, LlamaForCausalLM)` is generated from the family's class; head, loss, cache,
-attention backends, tied weights and parallelism plans are inherited and never written again.
+The way from config.json to a running model:
+1. `"model_type": "kromhc_llama"` leads AutoConfig to `KromHCLlamaConfig`, a LlamaConfig with the options beside its own
+   fields (configuration_kromhc.py, options.py); without the package, `auto_map` leads to a copy of this file.
+2. The Auto class asks for `KromHCLlamaForCausalLM(KromHCForCausalLM, LlamaForCausalLM)`, which `model_class` generates.
+3. Its `__init__` has the family build its own model. `find_decoder` finds the decoder layers, and `check_layers` holds
+   each against the row of the family (connection_plan.py, layer_fit.py, families.py in the words of layer_spec.py).
+4. `install` gives layers and models their classes with hyper-connections (decoder_layer.py, hyper_connection.py).
+5. transformers fills in the weights: the family's under their own names, ours from a checkpoint or `_init_weights`.
+6. In a forward the first layer makes streams, every branch reads and writes them through kernels.py, and the last layer
+   reads them out (stream_ends.py); model_forward.py does that for the hidden states that are recorded on the way.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +29,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_kromhc import KromHCConfig, config_class, config_class_named
 from .connection_plan import ConnectionPlan, Decoder, check_layers, find_decoder
-from .decoder_layer import HyperConnectedLayer, connect_layer, disconnect_layer
+from .decoder_layer import connect_layer, disconnect_layer
 from .host import (
     class_for_task,
     class_names_for_task,
@@ -32,9 +39,8 @@ from .host import (
     record_outputs_of,
 )
 from .layer_fit import supported_model_types
-from .layer_spec import attribute
+from .model_forward import with_readout
 from .remote_code import Shareable, class_name
-from .stream_ends import sum_of_streams
 from .stream_module import StreamModule
 
 
@@ -241,40 +247,6 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     mirror_weight_conversion(name, new_name)
     mirror_weight_conversion(model_type, config_type.model_type)
     return type(new_name, (next(faces, HyperConnectedModel), backbone_class), namespace)
-
-
-def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's forward whose recorded hidden states are read out, `[B, S, n, C]` -> `[B, S, C]`."""
-
-    # Trainer, generate and pipelines read the signature.
-    @functools.wraps(backbone_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Always a dict inside: in a bare tuple, streams [B, S, n, C] and attentions [B, H, S, S] look the same.
-        return_dict = kwargs.pop("return_dict", None)
-        outputs = backbone_forward(self, *args, return_dict=True, **kwargs)
-        if getattr(outputs, "hidden_states", None) is not None:
-            last_layer = [module for module in self.modules() if isinstance(module, HyperConnectedLayer)][-1]
-            outputs["hidden_states"] = tuple(
-                last_layer.read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
-            )
-        if self.hc_layers_path is not None:
-            last_layer = attribute(self, self.hc_layers_path)[-1]
-            if last_layer.reads_out_after_norm():
-                _sum_normed_streams(outputs, last_layer.hc_options.num_streams)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return outputs if return_dict else outputs.to_tuple()
-
-    return forward
-
-
-def _sum_normed_streams(outputs: Any, num_streams: int) -> None:
-    """Sums the streams of a base model's output after the final norm, in place."""
-    normed = outputs.last_hidden_state
-    # [B, S, n, C], or [B * n, S, C] with the same order in memory where the model restores its input's shape.
-    length = normed.shape[1]
-    outputs["last_hidden_state"] = sum_of_streams(normed.reshape(-1, length, num_streams, normed.shape[-1]))
-    if getattr(outputs, "hidden_states", None) is not None:
-        outputs["hidden_states"] = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
 
 
 def __getattr__(name: str) -> Any:

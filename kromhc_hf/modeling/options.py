@@ -19,7 +19,7 @@ from .variants import VARIANTS, make_mixing
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -49,12 +49,18 @@ class BranchKeywords(TypedDict, total=False):
 
     variant: Annotated[str, Option("kromhc", "How the mixing matrix is parametrised.", tuple(VARIANTS))]
     init: Annotated[
-        str, Option("identity", "identity (a pretrained model keeps its function) or paper (from scratch).", INITS)
+        str, Option("identity", "identity keeps the function of pretrained weights, paper is for training anew.", INITS)
     ]
-    dynamic: Annotated[bool, Option(True, "Whether the mappings depend on the token.", flags=("--static",))]
-    residual_logit: Annotated[float, Option(4.0, "How strongly mixing leans towards the identity at first.")]
+    dynamic: Annotated[
+        bool, Option(True, "Whether the mappings depend on the token; if not, they are biases.", flags=("--static",))
+    ]
+    residual_logit: Annotated[
+        float, Option(4.0, "How strongly mixing leans towards the identity at first, with init identity.")
+    ]
     eps: Annotated[float, Option(1e-6, "Added to the mean square in the norm of the hyper-connections.")]
-    sinkhorn_iterations: Annotated[int, Option(SINKHORN_ITERATIONS, "How often variant mhc iterates.")]
+    sinkhorn_iterations: Annotated[
+        int, Option(SINKHORN_ITERATIONS, "How often variant mhc normalises rows and columns.")
+    ]
 
 
 class StreamKeywords(BranchKeywords, total=False):
@@ -62,10 +68,11 @@ class StreamKeywords(BranchKeywords, total=False):
 
     num_streams: Annotated[int, Option(4, "Number n of residual streams; 1 is the plain model.", flags=("-n",))]
     readout: Annotated[
-        str,
-        Option("mean", "How the streams are joined; norm_sum follows the final norm.", tuple(READOUTS)),
+        str, Option("mean", "How the streams are joined; norm_sum follows the final norm.", tuple(READOUTS))
     ]
-    stream_embedding: Annotated[bool, Option(False, "A learned embedding per stream, zero at first.")]
+    stream_embedding: Annotated[
+        bool, Option(False, "Whether each stream gets a learned embedding where it is made, zero at first.")
+    ]
 
 
 # Functions take these by position as well.
@@ -82,21 +89,45 @@ BRANCH_OPTIONS = _options_of(BranchKeywords)
 OPTIONS = _options_of(StreamKeywords)
 
 
+def documented(text: str | None, options: Mapping[str, Option]) -> str | None:
+    """A docstring with one line for each option in the place of the line about `**options`."""
+    lines: list[str] = []
+    for line in (text or "").splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        if line.lstrip().startswith("**options:"):
+            lines += [f"{indent}{name}: {described_option(option)}" for name, option in options.items()]
+        else:
+            lines.append(line)
+    return "\n".join(lines) if text else text
+
+
+def described_option(option: Option) -> str:
+    """What an option does, and the names that it may have."""
+    return f"{option.help} One of {', '.join(option.choices)}." if option.choices else option.help
+
+
 def with_option_fields(cls: type) -> type:
-    """Gives a class, before it becomes a dataclass, a field for every option that it does not spell out itself."""
+    """Gives a class, before it becomes a dataclass, a field for every option that it does not spell out itself.
+
+    A line about `**options` in its documentation becomes a line for each of them.
+    """
     own = inspect.get_annotations(cls)
     for name, option in OPTIONS.items():
         if name not in own:
             own[name] = option.kind
             setattr(cls, name, field(default=option.default, kw_only=name not in POSITIONAL))
     cls.__annotations__ = own
+    cls.__doc__ = documented(cls.__doc__, OPTIONS)
     return cls
 
 
 @dataclass(frozen=True)
 @with_option_fields
 class StreamOptions:
-    """A value for every option, checked.
+    """A value for every option of hyper-connections, checked.
+
+    Args:
+        **options: see the table of options.
 
     Raises:
         ValueError: for a value that is not allowed, with the rule, the value and the way out.
@@ -194,24 +225,7 @@ def show_options(keywords: type) -> Callable[[Decorated], Decorated]:
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if leading else inspect.Parameter.KEYWORD_ONLY
             parameters.append(inspect.Parameter(name, kind, default=option.default, annotation=option.kind))
         shown.__signature__ = signature.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
-        shown.__doc__ = _documented(function.__doc__, options)
+        shown.__doc__ = documented(function.__doc__, options)
         return function
 
     return decorate
-
-
-def _documented(text: str | None, options: Mapping[str, Option]) -> str | None:
-    """A docstring with one line for each option in the place of the line about `**options`."""
-    lines: list[str] = []
-    for line in (text or "").splitlines():
-        indent = line[: len(line) - len(line.lstrip())]
-        if line.lstrip().startswith("**options:"):
-            lines += [f"{indent}{name}: {described_option(option)}" for name, option in options.items()]
-        else:
-            lines.append(line)
-    return "\n".join(lines) if text else text
-
-
-def described_option(option: Option) -> str:
-    """What an option does, and the names that it may have."""
-    return f"{option.help} One of {', '.join(option.choices)}." if option.choices else option.help

@@ -35,6 +35,7 @@ class KromHCPeftConfig(PeftConfig):
     of the base does.
 
     Args:
+        **options: of the hyper-connections, see `StreamOptions`.
         base_model_type: filled in when the adapter is made; another base is refused when it is loaded.
         base_hidden_size: likewise.
         base_num_layers: likewise.

@@ -13,7 +13,7 @@ from ..modeling.connection_plan import Decoder
 from ..modeling.decoder_layer import END_NAMES, HyperConnectedLayer, LayerArguments, layer_arguments, layer_namespace
 from ..modeling.hyper_connection import Mappings, has_hooks
 from ..modeling.layer_spec import LayerSpec
-from ..modeling.modeling_kromhc import with_readout
+from ..modeling.model_forward import with_readout
 from ..modeling.options import StreamOptions
 from ..modeling.stream_module import StreamModule
 
@@ -64,20 +64,20 @@ class StreamSite(nn.Module, BaseTunerLayer):
         self.options[adapter_name] = options
 
     @property
-    def module(self) -> Any:
+    def active_module(self) -> Any:
         """That of the active adapter."""
         return self.hyper_connection_adapters[str(self.active)]
 
     def forward(self, inputs: Any) -> Any:
-        return self.module(inputs)
+        return self.active_module(inputs)
 
     def writes_first(self, write: Callable[[Tensor], Tensor]) -> bool:
         """See `HyperConnection.writes_first`."""
-        return not has_hooks(self) and self.module.writes_first(write)
+        return not has_hooks(self) and self.active_module.writes_first(write)
 
     def mappings(self, streams: Tensor) -> Mappings:
         """The mappings of the active adapter, see `HyperConnection.mappings`."""
-        return self.module.mappings(streams)
+        return self.active_module.mappings(streams)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         refuse_merge()

@@ -1,6 +1,6 @@
 """Hyper-connections as a PEFT method: a plain base model, and an adapter that holds their tensors and nothing else.
 
-Imported when peft is (see `peft_registration`), and makes itself known to it then.
+Imported when peft is (see registration.py), and makes itself known to it then.
 """
 
 import functools
@@ -15,7 +15,9 @@ from torch import nn
 
 from ..applying import has_hyper_connections
 from ..modeling.connection_plan import ConnectionPlan, find_decoder, present_plan
-from ..modeling.decoder_layer import new_connections
+from ..modeling.decoder_layer import END_NAMES, new_connections
+from ..modeling.families import SUPPORTED
+from ..modeling.layer_spec import layer_kinds
 from .config import TYPE_NAME, KromHCPeftConfig, peft_type
 from .layer import (
     TENSOR_PREFIX,
@@ -53,7 +55,8 @@ def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
     Raises:
         ValueError: naming the modules that the adapter asks for and those that the model has.
     """
-    wanted = set(getattr(config, "modules_to_save", None) or ()) & {"attn_hc", "ffn_hc", "block_hc"}
+    names = {name for row in SUPPORTED.values() for spec in layer_kinds(row) for name in spec.names}
+    wanted = set(getattr(config, "modules_to_save", None) or ()) & {*names, *END_NAMES}
     present = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     if wanted and not wanted & present:
         raise ValueError(

@@ -19,10 +19,10 @@ from kromhc_hf.families_table import (
     describe,
     families_markdown,
     families_table,
-    layer_kinds,
     write_families,
 )
 from kromhc_hf.modeling.families import REFUSED, SUPPORTED
+from kromhc_hf.modeling.layer_spec import layer_kinds
 
 
 ROOT = Path(__file__).resolve().parents[2]

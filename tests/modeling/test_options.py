@@ -21,7 +21,7 @@ from kromhc_hf import (
     convert_checkpoint,
     count_parameters,
 )
-from kromhc_hf.modeling.options import BRANCH_OPTIONS, OPTIONS, StreamOptions
+from kromhc_hf.modeling.options import BRANCH_OPTIONS, OPTIONS, StreamOptions, described_option
 from kromhc_hf.modeling.variants import VARIANTS
 
 
@@ -43,10 +43,11 @@ def test_a_hyper_connection_takes_what_a_branch_reads():
         HyperConnection(8, 2, readout="mean")
 
 
-@pytest.mark.parametrize("function", [apply_hyper_connections, convert_checkpoint, count_parameters])
+@pytest.mark.parametrize("function", [*TAKE_ALL, KromHCConfig], ids=lambda function: function.__name__)
 def test_documentation_describes_every_option(function):
-    for option in OPTIONS.values():
-        assert option.help in function.__doc__
+    prefix = "hc_" if function is KromHCConfig else ""
+    for name, option in OPTIONS.items():
+        assert f" {prefix}{name}: {option.help}" in function.__doc__
     assert "**options" not in function.__doc__
 
 
@@ -56,11 +57,12 @@ def test_a_configuration_has_every_option_as_a_field():
     assert config.stream_options() == StreamOptions()
 
 
-def test_the_readme_lists_every_option_with_its_default():
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+def test_pages_list_every_option_with_its_default():
+    readme, reference = ((PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/reference.md"))
     for name, option in OPTIONS.items():
         default = f"`{option.default}`" if isinstance(option.default, str | bool) else f"{option.default}"
-        assert f"| `{name}` | {default} |" in text, name
+        assert f"| `{name}` | {default} |" in readme, name
+        assert f"| `{name}` | `{option.default!r}` | {described_option(option)} |" in reference, name
 
 
 def test_positional_options():

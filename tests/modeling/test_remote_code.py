@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from kromhc_hf import KromHCConfig, apply_hyper_connections, convert_checkpoint, remove_hyper_connections
 from kromhc_hf.demo import MODEL as DEMO_MODEL
-from kromhc_hf.modeling.remote_code import MARKER, code_files
+from kromhc_hf.modeling.modeling_kromhc import FACES
+from kromhc_hf.modeling.remote_code import AUTO_CLASSES, MARKER, code_files
 
 
 # A single file, a weight conversion, and a family whose class names do not say CausalLM.
@@ -196,6 +197,10 @@ def test_importing_the_modeling_file_registers_nothing(tmp_path):
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[] {}"
+
+
+def test_every_face_has_its_auto_class_in_the_map():
+    assert {face.auto_class for face in FACES} == set(AUTO_CLASSES)
 
 
 def test_every_travelling_file_bears_the_marker():

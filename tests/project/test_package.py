@@ -1,11 +1,14 @@
-"""The package as a whole: imports run one way, and the built wheel works where nothing else of the project is."""
+"""The package as a whole: the rules of its layout, and the built wheel works where nothing else of the project is."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import kromhc_hf
 from kromhc_hf.modeling.remote_code import code_files
@@ -13,6 +16,9 @@ from kromhc_hf.modeling.remote_code import code_files
 
 PACKAGE = Path(kromhc_hf.__file__).parent
 PROJECT = PACKAGE.parent
+CODE = ("kromhc_hf", "tests", "benchmarks", "examples", "scripts")
+# Lines of a file, and identical lines in a row.
+LONGEST, RUN = 300, 6
 
 
 def name_of(path: Path) -> str:
@@ -71,6 +77,66 @@ def test_what_travels_is_the_folder():
     assert {path.name for path in folder.iterdir() if path.is_dir()} <= {"__pycache__"}
 
 
+# Verbs and their inverses, by the module that both stand in.
+INVERSES = {
+    "applying": ("apply_hyper_connections", "remove_hyper_connections"),
+    "modeling.modeling_kromhc": ("install", "uninstall"),
+    "modeling.decoder_layer": ("connect_layer", "disconnect_layer"),
+    "training": ("hyper_connection_state_dict", "load_hyper_connection_state_dict"),
+    "conversion.hyper_connection_file": ("save_hyper_connections", "load_hyper_connections"),
+    "peft.layer": ("adapt_layer", "restore_layer", "adapt_owners", "restore_owners"),
+    "peft.conversion": (
+        *("adapter_to_model", "model_to_adapter", "adapter_to_checkpoint", "checkpoint_to_adapter"),
+        *("model_keys", "adapter_keys"),
+    ),
+}
+
+
+@pytest.mark.parametrize("module", INVERSES)
+def test_verbs_stand_beside_their_inverses(module):
+    tree = ast.parse((PACKAGE / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert set(INVERSES[module]) <= set(defined)
+    for name in INVERSES[module]:
+        elsewhere = [m for m in MODULES if m != module and re.search(rf"^def {name}\(", source(m), re.MULTILINE)]
+        assert elsewhere == [], name
+
+
+def source(module: str) -> str:
+    path = PACKAGE.joinpath(*module.split(".")) if module else PACKAGE
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+
+def test_files_are_short_or_say_why_not():
+    files = [path for folder in CODE for path in (PROJECT / folder).rglob("*.py")]
+    assert len(files) > 100
+    for path in files:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= LONGEST or "longer than" in "\n".join(lines[:10]), f"{path} has {len(lines)} lines"
+
+
+def lines_of_code(path: Path) -> list[str]:
+    """The lines of a module without imports, comments, blanks and lone punctuation."""
+    text = path.read_text(encoding="utf-8")
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            skipped |= set(range(node.lineno, node.end_lineno + 1))
+    lines = (line.strip() for number, line in enumerate(text.splitlines(), start=1) if number not in skipped)
+    return [line for line in lines if re.search(r"\w", line) and not line.startswith("#")]
+
+
+def test_no_six_lines_of_the_package_stand_twice():
+    seen: dict[tuple[str, ...], str] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        lines = lines_of_code(path)
+        for i in range(len(lines) - RUN + 1):
+            run = tuple(lines[i : i + RUN])
+            assert run not in seen, f"{path.name} has six lines that {seen[run]} has as well: {run}"
+            seen[run] = path.name
+    assert len(seen) > 4000
+
+
 def test_every_public_name_is_documented():
     for name in kromhc_hf.__all__:
         assert (getattr(kromhc_hf, name).__doc__ or "").strip(), name
@@ -82,6 +148,8 @@ def test_the_wheel_works_on_its_own(tmp_path):
     (wheel,) = tmp_path.glob("kromhc_hf-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "kromhc_hf/demo_data/gpt2-tinystories-1M/model.safetensors" in names
+    modules = {path.relative_to(PROJECT).as_posix() for path in PACKAGE.rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "examples/"))]
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     script = (
