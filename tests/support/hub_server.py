@@ -10,9 +10,10 @@ import hashlib
 import json
 import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+
+from support.routed_handler import Problem, RoutedHandler
 
 
 USER, TOKEN = "ada", "hf_right"
@@ -90,14 +91,7 @@ class HubServer(ThreadingHTTPServer):
         return {path: blob.content for path, blob in repository.commits[repository.find(revision)].items()}
 
 
-class Problem(Exception):
-    def __init__(self, status: int, code: str, message: str, **headers: str):
-        self.status, self.message = status, message
-        self.headers = {"X-Error-Code": code, "X-Error-Message": message, **headers}
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(RoutedHandler):
     server: HubServer
 
     ROUTES = [
@@ -116,43 +110,6 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", r"/store/(?P<sha>\w+)", "download"),
         ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     ]
-
-    def handle_any(self) -> None:
-        url = urlsplit(self.path)
-        self.query = parse_qs(url.query)
-        method = "GET" if self.command == "HEAD" else self.command
-        try:
-            for verb, pattern, name in self.ROUTES:
-                found = re.fullmatch(pattern, url.path)
-                if verb == method and found:
-                    arguments = {key: unquote(value) for key, value in found.groupdict().items()}
-                    getattr(self, name)(**arguments)
-                    return
-            raise Problem(404, "NotFound", f"no such address: {self.command} {url.path}")
-        except Problem as problem:
-            # What the request still has to say must not be taken for the next request.
-            self.rfile.read(int(self.headers.get("Content-Length", 0)) if not hasattr(self, "body_read") else 0)
-            self.answer({"error": problem.message}, problem.status, problem.headers)
-        finally:
-            vars(self).pop("body_read", None)
-
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any
-
-    def log_message(self, *_) -> None:
-        pass
-
-    def body(self) -> bytes:
-        self.body_read = True
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
 
     def user(self) -> str | None:
         """Who asks; nobody without a token."""

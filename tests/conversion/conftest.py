@@ -1,0 +1,47 @@
+"""Bases to convert, and a Hub to push them to."""
+
+from pathlib import Path
+
+import pytest
+from support.hub_client import turn_client_to
+from support.hub_server import HubServer
+from support.tiny import configurations, make_model
+
+from kromhc_hf import convert_checkpoint
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A tiny llama in one file."""
+    make_model(configurations("llama")[0]).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def sharded_base(tmp_path) -> Path:
+    """A tiny llama in several shards."""
+    make_model(configurations("llama")[0]).save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def licensed_base(tmp_path) -> Path:
+    """A tiny llama in several shards, with a card that names its license."""
+    make_model(configurations("llama")[0]).save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    (tmp_path / "base/README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlanguage: en\n---\n# Base\n")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def converted(licensed_base, tmp_path) -> Path:
+    """The licensed base with hyper-connections."""
+    convert_checkpoint(licensed_base, tmp_path / "converted", base_model="ada/base", verify=True)
+    return tmp_path / "converted"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that the client of this process talks to, with the right token and an empty cache."""
+    with HubServer() as server:
+        turn_client_to(server, monkeypatch, tmp_path / "cache")
+        yield server
