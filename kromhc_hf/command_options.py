@@ -11,13 +11,16 @@ from .modeling.options import OPTIONS, StreamOptions, described_option
 
 def stream_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command an option for every option of hyper-connections, in the place of its `**options`."""
-    parameters = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    present = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    parameters = [p for p in present if p.default is Parameter.empty]
     for name, option in OPTIONS.items():
         spelled = f"--{name.replace('_', '-')}"
         # What is on by default needs a word that turns it off.
         names = ("/".join((spelled, *option.flags)),) if option.default is True else (spelled, *option.flags)
         hint: Any = Annotated[option.kind, typer.Option(*names, help=described_option(option))]
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=hint))
+    # What is not about hyper-connections comes last in the help.
+    parameters += [p.replace(kind=Parameter.KEYWORD_ONLY) for p in present if p.default is not Parameter.empty]
     shown: Any = command
     shown.__signature__ = signature(command).replace(parameters=parameters)
     return command

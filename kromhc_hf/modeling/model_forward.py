@@ -26,7 +26,7 @@ def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
             )
         if self.hc_layers_path is not None:
             last_layer = attribute(self, self.hc_layers_path)[-1]
-            if last_layer.reads_out_after_norm():
+            if isinstance(last_layer, HyperConnectedLayer) and last_layer.reads_out_after_norm():
                 _sum_normed_streams(outputs, last_layer.hc_options.num_streams)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
