@@ -34,8 +34,9 @@ class Decoder(NamedTuple):
 
     @property
     def added_names(self) -> set[str]:
-        """The names of all modules that hyper-connections may add to a layer."""
-        return {*END_NAMES, *(name for spec in self.candidates for name in spec.names)}
+        """The names of the modules that hyper-connections have added to the layers."""
+        names = ((name, getattr(layer, name)) for layer in self.layers for name in (*layer.spec.names, *END_NAMES))
+        return {name for name, module in names if module is not None}
 
 
 class ConnectionPlan(NamedTuple):

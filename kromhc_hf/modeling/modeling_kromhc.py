@@ -195,23 +195,24 @@ def install(plan: ConnectionPlan, config: Any) -> None:
     options, before = config.stream_options(), {type(layer).__name__ for layer in layers}
     for position, (layer, spec) in enumerate(zip(layers, plan.specs)):
         connect_layer(layer, spec, config, options, position)
+    added = plan.decoder.added_names
     for owner in owners:
         if not isinstance(owner, HyperConnectedModel):
             owner.__class__ = model_class(type(owner), type(config))
-        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *plan.decoder.added_names}
+        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *added}
         _tell_transformers(owner, before, layers)
     owners[-1].hc_layers_path = path
 
 
 def uninstall(decoder: Decoder) -> None:
     """The inverse of `install`: the family's own classes again; the modules hold the family's configuration already."""
-    before = {type(layer).__name__ for layer in decoder.layers}
+    before, added = {type(layer).__name__ for layer in decoder.layers}, decoder.added_names
     for layer in decoder.layers:
         disconnect_layer(layer)
     del decoder.owners[-1].hc_layers_path
     for owner in decoder.owners:
         owner.__class__ = owner.backbone_class
-        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - decoder.added_names
+        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - added
         _tell_transformers(owner, before, decoder.layers)
 
 
