@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from .command_options import parse_layers, refuse_unread, stream_options
+from .conversion.base import refuse_adapter
 from .conversion.convert import convert_checkpoint
 from .conversion.disk import LINKS
 from .conversion.files import ADAPTER_CONFIG
@@ -68,8 +69,7 @@ def convert(
 ) -> None:
     """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes."""
     refuse_unread(context, StreamOptions(**options))
-    if (Path(source) / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{source} has an adapter. Use kromhc adapter {source} {destination}.")
+    refuse_adapter(Path(source))
     if private and push_to is None:
         raise ValueError("--private would have no effect without an upload. Use it with --push-to USER/NAME.")
     if push_to is not None:

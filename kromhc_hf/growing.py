@@ -62,7 +62,7 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
         )
     config = model.config
     before = config.hc_num_streams
-    if config.hc_variant != "kromhc" or before == 1:
+    if not isinstance(config.stream_options().mixing(), KromHCMixing) or before == 1:
         raise ValueError(
             "only models of variant 'kromhc' with at least 2 streams can be grown, since it adds a Kronecker factor; "
             f"got variant {config.hc_variant!r} with {before} streams. Give the base model more streams instead."

@@ -38,6 +38,8 @@ def count_parameters(
     """
     given = given_options(positional, options)
     if published:
+        # The official modules have limits of their own for the number of streams.
+        StreamOptions(**{"init": "paper", **given, "variant": "identity"})
         defaults = {name: option.default for name, option in OPTIONS.items()}
         return num_branches * _published(hidden_size, {**defaults, **given})
     # Neither init adds anything, and the paper's goes with every readout.

@@ -161,8 +161,14 @@ def load_hyper_connection_state_dict(model: nn.Module, tensors: Mapping[str, Ten
         source: where they come from, for the message.
 
     Raises:
-        ValueError: naming the first tensor that is missing, unknown or of another shape; nothing is changed then.
+        ValueError: naming the first tensor that is missing, unknown or of another shape, or if the model is sharded;
+            nothing is changed then.
     """
+    if any(hasattr(parameter, "full_tensor") for parameter in hyper_connection_parameters(model)):
+        raise ValueError(
+            f"{type(model).__name__} must not be sharded yet; got parameters that are spread over ranks. Load the "
+            "hyper-connections first, then shard the model."
+        )
     expected = hyper_connection_state_dict(model)
     for name in sorted(expected.keys() | tensors.keys()):
         found, wanted = (list(t[name].shape) if name in t else None for t in (tensors, expected))
@@ -171,7 +177,7 @@ def load_hyper_connection_state_dict(model: nn.Module, tensors: Mapping[str, Ten
                 f"{source} must hold {name!r} with shape {wanted}, to fit {type(model).__name__}; got {found}. "
                 "Give the base that the hyper-connections were made for."
             )
-    model.load_state_dict(tensors, strict=False)
+    unwrapped(model).load_state_dict(tensors, strict=False)
 
 
 def unwrapped(model: Any) -> Any:

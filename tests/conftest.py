@@ -30,6 +30,18 @@ def seeded() -> None:
 
 
 @pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that the client of this process talks to, with the right token and an empty cache."""
+    # Imported late, since most tests do without.
+    from support.hub_client import turn_client_to
+    from support.hub_server import HubServer
+
+    with HubServer() as server:
+        turn_client_to(server, monkeypatch, tmp_path / "cache")
+        yield server
+
+
+@pytest.fixture
 def kromhc(monkeypatch, capsys):
     """Runs the command in this process: `kromhc("convert", ...)` -> (exit code, stdout, stderr)."""
 

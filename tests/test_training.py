@@ -12,8 +12,10 @@ from kromhc_hf import (
     KromHCForCausalLM,
     freeze_backbone,
     hyper_connection_state_dict,
+    load_hyper_connection_state_dict,
     optimizer_param_groups,
 )
+from kromhc_hf.training import hyper_connection_parameters
 
 
 class KromHCTrainer(HyperConnectionTrainerMixin, Trainer):
@@ -215,3 +217,18 @@ def test_trainer_accumulates_to_the_losses_of_the_large_batch(tmp_path):
     small.train()
     # fp32 sums in another order, three plain gradient steps apart: a few eps of a loss near 4.6.
     assert losses(small) == pytest.approx(losses(large), abs=5e-6)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compiled", "data-parallel"])
+def test_state_of_the_hyper_connections_goes_into_a_wrapped_model(wrap):
+    trained, other = retrofitted(), retrofitted()
+    for parameter in hyper_connection_parameters(trained):
+        parameter.data.add_(torch.randn_like(parameter))
+    tensors = hyper_connection_state_dict(trained)
+    load_hyper_connection_state_dict(wrap(other), tensors, "a test")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in hyper_connection_state_dict(other).items())
+    del tensors["model.layers.0.attn_hc.bias"]
+    with pytest.raises(
+        ValueError, match=r"a test must hold 'model.layers.0.attn_hc.bias' with shape \[\d+\].*; got None"
+    ):
+        load_hyper_connection_state_dict(other, tensors, "a test")

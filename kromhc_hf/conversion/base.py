@@ -15,6 +15,8 @@ from ..modeling.configuration_kromhc import PREFIX
 from ..modeling.foreign_code import check_base_config, without_code
 from .disk import bring_file
 from .files import (
+    ADAPTER_CONFIG,
+    ADAPTER_TYPE,
     CARD,
     PICKLED_INDEX,
     Weights,
@@ -91,8 +93,7 @@ class BaseCheckpoint:
         """
         if self.weights.pickled or link not in ("hardlink", "symlink"):
             self._check_space(target.parent)
-        companions = companion_files(self.folder)
-        files = [*(self.folder / file for file in self.weights.files), *companions]
+        files = [*(self.folder / file for file in self.weights.files), *companion_files(self.folder)]
         total, done = sum(path.stat().st_size for path in files), 0
 
         def advance(amount: int) -> None:
@@ -114,13 +115,18 @@ class BaseCheckpoint:
                 tensors.update(dict.fromkeys(held, safetensors_name(file)))
             else:
                 bring_file(self.folder / file, target / file, link, advance)
-        for companion in companions:
-            copy = target / companion.relative_to(self.folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            bring_file(companion, copy, "copy", advance)
-            _leave_code_behind(companion, copy)
+        self.bring_companions(target, advance)
         self.check_unchanged()
         return tensors
+
+    def bring_companions(self, target: Path, advance: Callable[[int], None] = lambda _: None) -> None:
+        """Copies tokenizer, generation settings, templates and licence into a folder that lacks them, without code."""
+        for companion in companion_files(self.folder):
+            copy = target / companion.relative_to(self.folder)
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                bring_file(companion, copy, "copy", advance)
+                _leave_code_behind(companion, copy)
 
     def check_unchanged(self) -> None:
         """Refuses to go on if one of the files is not what it was.
@@ -163,13 +169,23 @@ def _checked_config(folder: Path) -> dict[str, Any]:
             f"source must be a checkpoint without hyper-connections; {folder} has been converted already "
             f"(model_type {model_type!r}). Convert its base model instead."
         )
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"source must be a full model; {folder} has an adapter (adapter_config.json). Merge the adapter first: "
-            "merge_and_unload() and save_pretrained()."
-        )
+    refuse_adapter(folder)
     check_base_config(content, path)
     return content
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuses a folder with an adapter in it.
+
+    Raises:
+        ValueError: with the way to a full model, which depends on the method of the adapter.
+    """
+    path = folder / ADAPTER_CONFIG
+    if path.exists():
+        own = read_json(path).get("peft_type") == ADAPTER_TYPE
+        merge = "Merge the adapter first: merge_and_unload() and save_pretrained()."
+        way_out = f"Its full model is what kromhc adapter {folder} DESTINATION writes." if own else merge
+        raise ValueError(f"source must be a full model; {folder} has an adapter ({ADAPTER_CONFIG}). {way_out}")
 
 
 def _origin(folder: Path, base_model: str | None) -> dict[str, Any]:

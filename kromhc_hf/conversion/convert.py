@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..modeling.configuration_kromhc import KromHCConfig
 from ..modeling.model_card import model_card
-from ..modeling.options import StreamKeywords, StreamOptions, show_options
+from ..modeling.options import StreamKeywords, StreamOptions, given_options, show_options
 from ..modeling.remote_code import take_code_along
 from ..modeling.stream_module import StreamModule
 from .base import BaseCheckpoint
@@ -79,7 +79,7 @@ def convert_checkpoint(
             of another repository, or has been converted already.
     """
     check_link(link)
-    chosen = StreamOptions(**options)
+    chosen = StreamOptions(**given_options((), options))
     base, destination = BaseCheckpoint.open(source, revision, base_model), Path(destination)
     backbone = AutoConfig.from_pretrained(base.folder)
     config: Any = KromHCConfig(backbone_config=backbone, **chosen.as_fields())
@@ -98,7 +98,8 @@ def convert_checkpoint(
             index = config.transformers_weights = OWN_INDEX
         _write_index(target / index, {**base_files, **dict.fromkeys(added, HYPER_CONNECTIONS)})
         take_code_along(config, target)
-        _describe(target, config, destination.name)
+        # save_pretrained of a configuration would leave transformers_weights out.
+        config.to_json_file(target / "config.json")
         report = ConversionReport(
             source=str(source),
             destination=str(destination),
@@ -114,7 +115,8 @@ def convert_checkpoint(
             report = verify_conversion(base.folder, target, report=report)
             numbers = {number: getattr(report, number) for number in VERIFICATION}
             config.hc_conversion = {**base.origin, "verification": numbers}
-            _describe(target, config, destination.name)
+            config.to_json_file(target / "config.json")
+        (target / CARD).write_text(model_card(config, destination.name), encoding="utf-8")
         base.check_unchanged()
     return report
 
@@ -156,13 +158,6 @@ def _write_index(path: Path, files: dict[str, str]) -> None:
     """Writes which file beside the index holds which tensor."""
     size = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
     write_json(path, {"metadata": {"total_size": size}, "weight_map": files})
-
-
-def _describe(folder: Path, config: Any, name: str) -> None:
-    """Writes config.json and the model card, which say what is in the folder."""
-    # save_pretrained of a configuration would leave transformers_weights out.
-    config.to_json_file(folder / "config.json")
-    (folder / CARD).write_text(model_card(config, name), encoding="utf-8")
 
 
 def _added_modules(model: torch.nn.Module) -> Iterator[tuple[str, StreamModule]]:

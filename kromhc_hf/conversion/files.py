@@ -20,9 +20,24 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, PICKLED_WEIGHTS, PICKLED_INDEX)
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
+# How PEFT calls adapters of hyper-connections.
+ADAPTER_TYPE = "KROMHC"
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe")
 COMPANION_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 COMPANION_FOLDERS = ("additional_chat_templates",)
+
+
+def refuse_revision(path: Path, revision: str | None) -> None:
+    """Refuses a revision of something on disk.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if revision is not None:
+        raise ValueError(
+            f"revision must be of a Hub repository; got {revision!r} with {path}, which has one state alone. "
+            "Leave it out, or give the Hub id."
+        )
 
 
 def resolve_source(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -34,11 +49,7 @@ def resolve_source(source: str | os.PathLike[str], revision: str | None = None) 
     """
     folder = Path(source)
     if folder.is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"revision must be of a Hub repository; got {revision!r} with the folder {folder}, which has one state "
-                "alone. Leave it out, or give the Hub id."
-            )
+        refuse_revision(folder, revision)
         return folder
     if folder.exists():
         raise FileNotFoundError(f"source must be a folder or a Hub id; got the file {folder}. Give its folder.")

@@ -72,10 +72,18 @@ def upload(
 
     Raises:
         OSError: if the Hub refuses the token or the repository, or the connection breaks.
+        ValueError: if a private repository is asked for and a public one is there.
     """
     api = HfApi(token=token)
     with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        public = private and not api.repo_info(repo_id).private
+    if public:
+        raise ValueError(
+            f"private is for a new repository; {repo_id} exists and is public. Make it private on the Hub first, or "
+            "leave private out."
+        )
+    with _explained(repo_id):
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url

@@ -20,7 +20,7 @@ from ..applying import apply_hyper_connections, has_hyper_connections
 from ..modeling.model_card import model_card
 from ..modeling.options import OPTIONS
 from ..training import hyper_connection_state_dict, load_hyper_connection_state_dict
-from .files import CARD, may_write_card, read_json
+from .files import CARD, may_write_card, read_json, refuse_revision
 from .hub import upload
 
 
@@ -190,6 +190,7 @@ def _find(source: str | os.PathLike[str], revision: str | None, token: str | boo
     path = Path(source)
     path = path / FILE if path.is_dir() else path
     if path.is_file():
+        refuse_revision(path, revision)
         return path
     try:
         validate_repo_id(str(source))

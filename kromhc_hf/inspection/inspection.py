@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from ..conversion.sample_text import sample_tokens
 from ..modeling.configuration_kromhc import KromHCConfig
 from ..modeling.mixing import doubly_stochastic_error
+from ..modeling.options import OPTIONS
 from ..modeling.variants import VARIANTS, make_mixing
 from ..training import hyper_connection_parameters
 from .recording import BranchRecord, record_mappings
@@ -140,7 +141,7 @@ def compared_sum_errors(num_streams: int, depth: int) -> dict[str, list[float]]:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(depth, COMPARED_DRAWS, mixing.num_logits, generator=generator)
         std = COMPARED_ENTRY_STD if mixing.doubly_stochastic == "no" else COMPARED_LOGIT_STD
-        h_res = mixing.matrix(mixing.initial_logits(4.0) + std * noise)
+        h_res = mixing.matrix(mixing.initial_logits(OPTIONS["residual_logit"].default) + std * noise)
         errors[variant] = [doubly_stochastic_error(product) for product in composite_products(list(h_res))[0]]
     return errors
 

@@ -1,6 +1,7 @@
 """One self-contained HTML page with pictures of what the streams of a model do."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from html import escape
@@ -42,7 +43,7 @@ th,td{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid var(--grid)
 
 def write_report(
     inspection: Inspection,
-    path: Path,
+    path: str | os.PathLike[str],
     before: Inspection | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -62,8 +63,9 @@ def write_report(
     """
     require_matplotlib()
     page = report_html(inspection, before, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page, encoding="utf-8")
 
 
 def report_html(

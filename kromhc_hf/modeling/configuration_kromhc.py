@@ -7,6 +7,7 @@ For each family one class is made on demand, for example `KromHCLlamaConfig(Krom
 
 import copy
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -109,9 +110,9 @@ class KromHCConfig(Shareable):
         try:
             return StreamOptions(**{name: getattr(self, f"hc_{name}") for name in OPTIONS})
         except ValueError as error:
-            # By the name that it has here.
-            prefix = "hc_" if str(error).partition(" ")[0] in OPTIONS else ""
-            raise ValueError(f"{prefix}{error}") from None
+            # By the name that it has here, in the rule and in the way out.
+            message = re.sub(rf"^({'|'.join(OPTIONS)}) |\b({'|'.join(OPTIONS)})=", r"hc_\g<0>", str(error))
+            raise ValueError(message) from None
 
 
 KromHCConfig.__doc__ = documented(KromHCConfig.__doc__, FIELDS)

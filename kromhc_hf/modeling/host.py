@@ -1,5 +1,5 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""What the package leans on inside transformers that is private there or differs between its releases, in one place."""
+"""What the files that travel lean on inside transformers, where it is private or differs between releases."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

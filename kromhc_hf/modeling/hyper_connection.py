@@ -95,15 +95,15 @@ class HyperConnection(StreamModule):
                 f"a hyper-connection takes the options {', '.join(BRANCH_OPTIONS)}; got {', '.join(sorted(unknown))}. "
                 "Others are of the whole model, see apply_hyper_connections."
             )
-        self.options = StreamOptions(num_streams=num_streams, **options)
+        chosen = StreamOptions(num_streams=num_streams, **options)
+        self.options, self.mixing = chosen.of_branch(), chosen.mixing()
         self.kernel, self.branch_index = kernel, branch_index
-        self.mixing = self.options.mixing()
-        self.hidden_size, self.num_streams, self.eps = hidden_size, num_streams, self.options.eps
+        self.hidden_size, self.num_streams, self.eps = hidden_size, num_streams, chosen.eps
 
         def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
             return new_parameter(*shape, device=device) if wanted and num_streams > 1 else None
 
-        dynamic = self.options.dynamic
+        dynamic = chosen.dynamic
         self.bias = parameter(sum(self.mixing.sizes))
         self.weight = parameter(*self.mixing.weight_shape(hidden_size), wanted=dynamic)
         self.alpha = parameter(3, wanted=dynamic)
@@ -113,7 +113,7 @@ class HyperConnection(StreamModule):
     def reset_parameters(self) -> None:
         if self.bias is not None:
             options = self.options
-            bias = self.mixing.initial_bias(options.init, self.branch_index, options.residual_logit)
+            bias = self.mixing.initial_bias(options["init"], self.branch_index, options["residual_logit"])
             init.copy_(self.bias, bias.to(self.bias.device))
         if self.weight is not None and self.alpha is not None:
             init.zeros_(self.weight)
@@ -186,6 +186,6 @@ class HyperConnection(StreamModule):
         return F.linear(features, self.weight.to(wide.dtype)), features.square().mean(-1)
 
     def extra_repr(self) -> str:
-        mode = "dynamic" if self.options.dynamic else "static"
+        mode = "dynamic" if self.options["dynamic"] else "static"
         sizes = f"{self.hidden_size}, num_streams={self.num_streams}"
-        return f"{sizes}, variant={self.options.variant!r}, {mode}, kernel={self.kernel!r}"
+        return f"{sizes}, variant={self.options['variant']!r}, {mode}, kernel={self.kernel!r}"

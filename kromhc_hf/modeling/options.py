@@ -15,6 +15,7 @@ import torch
 
 from .mixing import SINKHORN_ITERATIONS, Mixing
 from .stream_ends import READOUTS
+from .stream_module import EPS
 from .variants import VARIANTS, make_mixing
 
 
@@ -57,7 +58,7 @@ class BranchKeywords(TypedDict, total=False):
     residual_logit: Annotated[
         float, Option(4.0, "How strongly mixing leans towards the identity at first, with init identity.")
     ]
-    eps: Annotated[float, Option(1e-6, "Added to the mean square in the norm of the hyper-connections.")]
+    eps: Annotated[float, Option(EPS, "Added to the mean square in the norm of the hyper-connections.")]
     sinkhorn_iterations: Annotated[
         int, Option(SINKHORN_ITERATIONS, "How often variant mhc normalises rows and columns.")
     ]
@@ -180,6 +181,9 @@ class StreamOptions:
 
     def without_effect(self) -> dict[str, str]:
         """The options that nothing reads beside these values, and why: for those who must not drop any in silence."""
+        if self.num_streams == 1:
+            others = (name for name in OPTIONS if name != "num_streams")
+            return dict.fromkeys(others, "the plain model, with one stream, has no hyper-connections")
         mixing, unread = self.mixing(), {}
         if mixing.doubly_stochastic != "by iteration":
             unread["sinkhorn_iterations"] = f"variant {self.variant!r} does not iterate"
@@ -197,10 +201,12 @@ def given_options(positional: Sequence[Any], options: Mapping[str, Any]) -> dict
     """The options of a call that may have given the first ones by position, by name.
 
     Raises:
-        TypeError: if too many are given by position, or one twice.
+        TypeError: if there is no such option, too many are given by position, or one twice.
     """
     if len(positional) > len(POSITIONAL):
         raise TypeError(f"options must be given by name, all but {' and '.join(POSITIONAL)}; got {positional!r}.")
+    if unknown := options.keys() - OPTIONS.keys():
+        raise TypeError(f"the options are {', '.join(OPTIONS)}; got {', '.join(sorted(unknown))}.")
     by_position = dict(zip(POSITIONAL, positional))
     if twice := by_position.keys() & options.keys():
         raise TypeError(f"an option must be given once; got {', '.join(sorted(twice))} by position and by name.")
@@ -225,6 +231,7 @@ def show_options(keywords: type) -> Callable[[Decorated], Decorated]:
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if leading else inspect.Parameter.KEYWORD_ONLY
             parameters.append(inspect.Parameter(name, kind, default=option.default, annotation=option.kind))
         shown.__signature__ = signature.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
+        shown.__annotations__ = {p.name: p.annotation for p in parameters if p.annotation is not p.empty}
         shown.__doc__ = documented(function.__doc__, options)
         return function
 

@@ -35,6 +35,14 @@ AUTO_CLASSES: tuple[Any, ...] = (
 )
 # The first line of every file that travels, by which the package knows its own.
 MARKER = "# Code of kromhc-hf, which travels with every model that it saves."
+# What the version that had no marker yet wrote under names that are still in use.
+FIRST_VERSION_FILES = frozenset(
+    f"{name}.py"
+    for name in (
+        *("decoder_layer", "families", "foreign_code", "hyper_connection"),
+        *("kernels", "mixing", "model_card", "stream_ends"),
+    )
+)
 # transformers puts a card with this sentence where a repository has none.
 GENERIC_CARD = "This model card has been automatically generated."
 
@@ -73,8 +81,9 @@ def write_code(folder: Path) -> bool:
     Returns:
         Whether they are in the folder now; if not, a warning says what is in the way.
     """
-    files, first_version = code_files(), _written_by_first_version(folder)
-    foreign = [] if first_version else [file.name for file in files if not _may_be_replaced(folder / file.name)]
+    files = code_files()
+    unmarked = FIRST_VERSION_FILES if _written_by_first_version(folder) else frozenset()
+    foreign = [file.name for file in files if not _may_be_replaced(folder / file.name, unmarked)]
     if foreign:
         warnings.warn(
             f"{folder} has files of somebody else by the names of code files ({', '.join(sorted(foreign))}). They are "
@@ -95,11 +104,13 @@ def take_code_along(config: Any, folder: Path) -> None:
         config.auto_map = auto_map(type(config))
 
 
-def _may_be_replaced(path: Path) -> bool:
-    """Whether there is no such file, or one that the package wrote itself."""
+def _may_be_replaced(path: Path, unmarked: frozenset[str]) -> bool:
+    """Whether there is no such file, or one that the package wrote itself: it bears the marker, or never had one."""
     if not os.path.lexists(path):
         return True
-    return path.is_file() and path.read_text(encoding="utf-8", errors="replace").startswith(MARKER)
+    if not path.is_file():
+        return False
+    return path.name in unmarked or path.read_text(encoding="utf-8", errors="replace").startswith(MARKER)
 
 
 def _written_by_first_version(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .mixing import snapped_sum
-from .stream_module import INITIAL_ALPHA, StreamModule, new_parameter
+from .stream_module import EPS, INITIAL_ALPHA, StreamModule, new_parameter
 
 
 def expand(hidden_states: Tensor, num_streams: int) -> Tensor:
@@ -81,7 +81,7 @@ class StreamReadout(StreamModule):
     # Whether the weights depend on the streams, behind a norm.
     normed = True
 
-    def __init__(self, hidden_size: int, num_streams: int, eps: float = 1e-6, device: torch.device | str | None = None):
+    def __init__(self, hidden_size: int, num_streams: int, eps: float = EPS, device: torch.device | str | None = None):
         super().__init__()
         self.num_streams, self.eps = num_streams, eps
         if num_streams > 1:

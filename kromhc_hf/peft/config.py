@@ -6,22 +6,39 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ..conversion.files import ADAPTER_TYPE
 from ..modeling.options import OPTIONS, StreamOptions, with_option_fields
 
 
-TYPE_NAME = "KROMHC"
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from ..modeling.options import StreamKeywords
+
+    class _Fields(StreamKeywords, total=False):
+        """What the constructor takes: the options, and the fields of PEFT and below."""
+
+        task_type: Any
+        inference_mode: bool
+        base_model_name_or_path: str | None
+        revision: str | None
+        base_model_type: str | None
+        base_hidden_size: int | None
+        base_num_layers: int | None
+        target_modules: str | list[str] | None
+        modules_to_save: list[str] | None
 
 
 def peft_type() -> PeftType:
     """The member of PEFT's enumeration of methods; `register_peft_method` refuses names that are not in it."""
-    if TYPE_NAME not in PeftType.__members__:
-        member = str.__new__(PeftType, TYPE_NAME)
-        member._name_, member._value_ = TYPE_NAME, TYPE_NAME
-        PeftType._member_map_[TYPE_NAME] = member
-        PeftType._member_names_.append(TYPE_NAME)
-        PeftType._value2member_map_[TYPE_NAME] = member
-        type.__setattr__(PeftType, TYPE_NAME, member)
-    return PeftType[TYPE_NAME]
+    if ADAPTER_TYPE not in PeftType.__members__:
+        member = str.__new__(PeftType, ADAPTER_TYPE)
+        member._name_, member._value_ = ADAPTER_TYPE, ADAPTER_TYPE
+        PeftType._member_map_[ADAPTER_TYPE] = member
+        PeftType._member_names_.append(ADAPTER_TYPE)
+        PeftType._value2member_map_[ADAPTER_TYPE] = member
+        type.__setattr__(PeftType, ADAPTER_TYPE, member)
+    return PeftType[ADAPTER_TYPE]
 
 
 @dataclass
@@ -53,7 +70,7 @@ class KromHCPeftConfig(PeftConfig):
 
     if TYPE_CHECKING:
 
-        def __init__(self, **fields: Any) -> None: ...
+        def __init__(self, **fields: Unpack[_Fields]) -> None: ...
 
     def __post_init__(self) -> None:
         super().__post_init__()

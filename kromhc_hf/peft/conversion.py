@@ -1,24 +1,30 @@
 """From a PEFT adapter and its base to a full model with hyper-connections, and back."""
 
 import os
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..applying import apply_hyper_connections, has_hyper_connections
-from ..conversion.disk import bring_file, new_folder
-from ..conversion.files import ADAPTER_CONFIG, companion_files, read_json, resolve_source
+from ..conversion.base import BaseCheckpoint
+from ..conversion.disk import new_folder
+from ..conversion.files import ADAPTER_CONFIG, ADAPTER_TYPE, CARD, read_json
 from ..modeling.configuration_kromhc import PREFIX
+from ..modeling.hyper_connection import HyperConnection
+from ..modeling.model_card import model_card
 from ..modeling.modeling_kromhc import KromHCForCausalLM
 from ..training import hyper_connection_state_dict, load_hyper_connection_state_dict
-from .config import TYPE_NAME, KromHCPeftConfig
+from .config import KromHCPeftConfig
 from .layer import TENSOR_PREFIX, StreamSite
 from .tuner import plan_adapter
 
@@ -79,13 +85,21 @@ def adapter_to_model(peft_model: Any, adapter_name: str | None = None) -> Any:
             "Merge them first, with merge_and_unload() of their own PeftModel."
         )
     tensors = model_keys(get_peft_model_state_dict(peft_model, adapter_name=name))
-    options = config.stream_options().to_dict()
-    model = apply_hyper_connections(peft_model.unload(), **options)
+    kernels = [module.kernel for path, module in _hyper_connections(peft_model) if path.endswith(f".{name}")]
+    model = apply_hyper_connections(peft_model.unload(), **config.stream_options().to_dict())
     load_hyper_connection_state_dict(model, tensors, f"adapter {name!r}")
+    for (_, module), kernel in zip(_hyper_connections(model), kernels, strict=True):
+        module.kernel = kernel
     return model
 
 
-def model_to_adapter(model: Any, destination: str | Path, base_model: str | Path) -> KromHCPeftConfig:
+def _hyper_connections(model: Any) -> Iterator[tuple[str, HyperConnection]]:
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, HyperConnection))
+
+
+def model_to_adapter(
+    model: Any, destination: str | Path, base_model: str | Path, base_revision: str | None = None
+) -> KromHCPeftConfig:
     """Writes the hyper-connections of a full model as a PEFT adapter, to be loaded on its base.
 
     Only the hyper-connections are written. It is for the caller to know that `base_model` has the same other weights,
@@ -95,6 +109,7 @@ def model_to_adapter(model: Any, destination: str | Path, base_model: str | Path
         model: a model with hyper-connections.
         destination: folder for `adapter_config.json` and `adapter_model.safetensors`; made if missing.
         base_model: folder or Hub id of the base, written into the config.
+        base_revision: of the Hub repository of the base, likewise.
 
     Raises:
         ValueError: if the model has no hyper-connections.
@@ -106,6 +121,7 @@ def model_to_adapter(model: Any, destination: str | Path, base_model: str | Path
         task_type="CAUSAL_LM",
         inference_mode=True,
         base_model_name_or_path=str(base_model),
+        revision=base_revision,
         base_model_type=hf_config.model_type.removeprefix(PREFIX),
         base_hidden_size=hf_config.hidden_size,
         base_num_layers=hf_config.num_hidden_layers,
@@ -134,26 +150,37 @@ def adapter_to_checkpoint(
     """
     path = Path(source) / ADAPTER_CONFIG
     content = read_json(path)
-    if content.get("peft_type") != TYPE_NAME:
+    if content.get("peft_type") != ADAPTER_TYPE:
         raise ValueError(
-            f"{path} must be of an adapter of hyper-connections, with peft_type {TYPE_NAME!r}; got "
+            f"{path} must be of an adapter of hyper-connections, with peft_type {ADAPTER_TYPE!r}; got "
             f"{content.get('peft_type')!r}. Adapters of other methods are merged into their base by PEFT."
         )
     named = base or content.get("base_model_name_or_path")
     if not named:
         raise ValueError(f"{path} must name its base in base_model_name_or_path; got {named!r}. Give it with --base.")
-    config, folder = KromHCPeftConfig.from_pretrained(str(source)), resolve_source(named)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    config, destination = KromHCPeftConfig.from_pretrained(str(source)), Path(destination)
+    tensors = model_keys(_adapter_tensors(Path(source)))
+    checkpoint = BaseCheckpoint.open(named, None if base else config.revision)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto")
     plan_adapter(model, config)
     apply_hyper_connections(model, **config.stream_options().to_dict())
-    load_hyper_connection_state_dict(model, model_keys(load_peft_weights(str(source), device="cpu")), source)
-    with new_folder(Path(destination)) as target:
+    load_hyper_connection_state_dict(model, tensors, source)
+    model.config.hc_conversion = checkpoint.origin
+    with new_folder(destination) as target:
         model.save_pretrained(target)
-        for file in companion_files(folder):
-            copy = target / file.relative_to(folder)
-            if not copy.exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                bring_file(file, copy)
+        checkpoint.bring_companions(target)
+        (target / CARD).write_text(model_card(model.config, destination.name), encoding="utf-8")
+
+
+def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter file."""
+    files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"{folder} must hold {SAFETENSORS_WEIGHTS_NAME}; it does not. Fetch it.")
+    try:
+        return load_peft_weights(str(folder), device="cpu")
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{files[0]} must be a complete file of tensors; {error}. Fetch it again.") from error
 
 
 def checkpoint_to_adapter(
@@ -171,15 +198,16 @@ def checkpoint_to_adapter(
         ValueError: if the base is not known, or has other weights than the model.
     """
     model = KromHCForCausalLM.from_pretrained(source, dtype="auto")
-    named = base or (getattr(model.config, "hc_conversion", None) or {}).get("base_model")
+    origin = getattr(model.config, "hc_conversion", None) or {}
+    named, revision = (base, None) if base else (origin.get("base_model"), origin.get("base_revision"))
     if not named:
         raise ValueError(f"the base of an adapter must be known; {source} does not say its own. Give it with --base.")
-    own = model.state_dict()
-    for name, tensor in AutoModelForCausalLM.from_pretrained(named, dtype="auto").state_dict().items():
+    own, folder = model.state_dict(), BaseCheckpoint.open(named, revision).folder
+    for name, tensor in AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict().items():
         if name not in own or not torch.equal(own[name], tensor):
             raise ValueError(
                 f"the base of an adapter must have the same weights as the model; {named} differs in {name!r}. "
                 "A model whose backbone was trained has to stay a full model."
             )
-    with new_folder(Path(destination)) as folder:
-        model_to_adapter(model, folder, str(named))
+    with new_folder(Path(destination)) as target:
+        model_to_adapter(model, target, str(named), revision)

@@ -108,8 +108,9 @@ class AdaptedLayer(HyperConnectedLayer):
         return self.site.options[str(self.site.active)]
 
     def end(self, name: str) -> Any:
-        site = getattr(self, name)
-        return None if site is None or site.active is None else site
+        # Not the end's own active adapter: it may have fewer than the branches, and PEFT chooses site by site.
+        site, active = getattr(self, name), self.site.active
+        return site.hyper_connection_adapters[active] if site and active in site.hyper_connection_adapters else None
 
     def reads_out_after_norm(self) -> bool:
         return self.site.active is not None and super().reads_out_after_norm()
@@ -119,12 +120,19 @@ class AdaptedLayer(HyperConnectedLayer):
             return self.layer_class.forward(self, hidden_states, *args, **kwargs)
         return super().forward(hidden_states, *args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Adapted classes have the names of others: what they are generated from is pickled instead.
+        return _restored_layer, (self.layer_class, self.spec, tuple(self.arguments.items())), self.__dict__
+
 
 class AdaptedModel:
     """Mixed in front of the class of every transformers model that owns adapted layers."""
 
     backbone_class: ClassVar[type]
     hc_layers_path: str | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored_model, (self.backbone_class,), self.__dict__
 
 
 # Adapted classes keep the name and module of the family's: to everything that goes by names (device maps, FSDP
@@ -140,6 +148,16 @@ def _adapted_model_class(backbone_class: type[PreTrainedModel]) -> type:
     forward = with_readout(backbone_class.forward)
     namespace = {"__doc__": backbone_class.__doc__, "backbone_class": backbone_class, "forward": forward}
     return type(backbone_class.__name__, (AdaptedModel, backbone_class), namespace | _same_name(backbone_class))
+
+
+def _restored_layer(*made_from: Any) -> Any:
+    layer_class: Any = _adapted_layer_class(*made_from)
+    return layer_class.__new__(layer_class)
+
+
+def _restored_model(backbone_class: Any) -> Any:
+    model_class: Any = _adapted_model_class(backbone_class)
+    return model_class.__new__(model_class)
 
 
 def _same_name(cls: type) -> dict[str, str]:

@@ -14,11 +14,12 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from ..applying import has_hyper_connections
+from ..conversion.files import ADAPTER_TYPE
 from ..modeling.connection_plan import ConnectionPlan, find_decoder, present_plan
 from ..modeling.decoder_layer import END_NAMES, new_connections
 from ..modeling.families import SUPPORTED
 from ..modeling.layer_spec import layer_kinds
-from .config import TYPE_NAME, KromHCPeftConfig, peft_type
+from .config import KromHCPeftConfig, peft_type
 from .layer import (
     TENSOR_PREFIX,
     AdaptedLayer,
@@ -36,7 +37,7 @@ def register_method() -> None:
     if peft_type() in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     register_peft_method(
-        name=TYPE_NAME.lower(), config_cls=KromHCPeftConfig, model_cls=HyperConnectionTuner, prefix=TENSOR_PREFIX
+        name=ADAPTER_TYPE.lower(), config_cls=KromHCPeftConfig, model_cls=HyperConnectionTuner, prefix=TENSOR_PREFIX
     )
     present_check = BaseTuner._check_new_adapter_config
 

@@ -1,10 +1,8 @@
-"""Bases to convert, and a Hub to push them to."""
+"""Bases to convert."""
 
 from pathlib import Path
 
 import pytest
-from support.hub_client import turn_client_to
-from support.hub_server import HubServer
 from support.tiny import configurations, make_model
 
 from kromhc_hf import convert_checkpoint
@@ -37,11 +35,3 @@ def converted(licensed_base, tmp_path) -> Path:
     """The licensed base with hyper-connections."""
     convert_checkpoint(licensed_base, tmp_path / "converted", base_model="ada/base", verify=True)
     return tmp_path / "converted"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub that the client of this process talks to, with the right token and an empty cache."""
-    with HubServer() as server:
-        turn_client_to(server, monkeypatch, tmp_path / "cache")
-        yield server

@@ -180,6 +180,14 @@ def test_the_namespace_of_somebody_else_is_refused(hub, converted):
         push_checkpoint(converted, "bob/model")
 
 
+def test_private_is_for_new_repositories(hub, converted):
+    push_checkpoint(converted, "ada/open")
+    with pytest.raises(ValueError, match="private is for a new repository; ada/open exists and is public"):
+        push_checkpoint(converted, "ada/open", private=True)
+    push_checkpoint(converted, "ada/secret", private=True)
+    push_checkpoint(converted, "ada/secret", private=True)
+
+
 def test_a_private_repository_needs_the_token(hub, converted, monkeypatch, tmp_path):
     push_checkpoint(converted, "ada/secret", private=True)
     monkeypatch.setenv("HF_TOKEN", "")

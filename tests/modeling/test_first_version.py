@@ -60,6 +60,14 @@ def test_loads_without_the_package(saved):
         assert isinstance(again, KromHCForCausalLM)
 
 
+def test_a_file_of_the_user_in_its_folder_is_kept(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved / "saved")
+    (saved / "saved/options.py").write_text("# a week of my work\n")
+    with pytest.warns(UserWarning, match=r"\(options.py\)"):
+        model.save_pretrained(saved / "saved")
+    assert (saved / "saved/options.py").read_text() == "# a week of my work\n"
+
+
 def test_saving_into_its_folder_brings_the_code_up_to_date(saved):
     model = AutoModelForCausalLM.from_pretrained(saved / "saved")
     with warnings.catch_warnings():

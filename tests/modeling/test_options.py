@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,39 @@ def test_positional_options():
         count_parameters(24, 2, "mhc", "paper")
     with pytest.raises(TypeError, match="must be given once; got num_streams by position and by name"):
         count_parameters(24, 2, num_streams=2)
-    with pytest.raises(TypeError, match="nmu_streams"):
-        count_parameters(24, nmu_streams=2)
+    for call in (count_parameters, apply_hyper_connections):
+        with pytest.raises(TypeError, match=r"the options are num_streams, .*; got nmu_streams"):
+            call(24, nmu_streams=2)
+    with pytest.raises(TypeError, match="got nmu_streams"):
+        convert_checkpoint("a", "b", nmu_streams=2)
+
+
+@pytest.mark.parametrize("function", [apply_hyper_connections, convert_checkpoint, count_parameters])
+def test_type_hints_can_be_read(function):
+    hints = typing.get_type_hints(function)
+    assert {name: hints[name] for name in OPTIONS} == {name: option.kind for name, option in OPTIONS.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": "x"}, "eps must be of type float"),
+        ({"init": "bogus"}, "init must be one of"),
+        ({"readout": "bogus"}, "readout must be one of"),
+        ({"num_streams": 2.5}, "num_streams must be an int"),
+    ],
+    ids=str,
+)
+def test_published_counts_refuse_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        count_parameters(24, published=True, **options)
+
+
+def test_a_configuration_names_its_fields_in_rule_and_way_out():
+    with pytest.raises(ValueError, match=r"^hc_num_streams must have .* Use hc_num_streams=8\.$"):
+        KromHCConfig(backbone_config=LlamaConfig(num_hidden_layers=1), hc_num_streams=7)
+    with pytest.raises(ValueError, match=r"Use hc_readout='mean', or hc_init='paper'"):
+        KromHCConfig(backbone_config=LlamaConfig(num_hidden_layers=1), hc_readout="sum")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +117,7 @@ def test_positional_options():
         ({"variant": "identity", "dynamic": False}, {"sinkhorn_iterations", "residual_logit", "eps"}),
         ({"variant": "mhc", "dynamic": False, "readout": "softmax"}, {"eps"}),
         ({"variant": "mhc", "dynamic": False, "readout": "sigmoid"}, set()),
+        ({"num_streams": 1}, OPTIONS.keys() - {"num_streams"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -110,7 +143,7 @@ def test_without_effect_is_the_truth(variant, name):
 
 USE = """
 from transformers import LlamaForCausalLM
-from kromhc_hf import HyperConnection, apply_hyper_connections, convert_checkpoint
+from kromhc_hf import HyperConnection, KromHCPeftConfig, apply_hyper_connections, convert_checkpoint
 model: LlamaForCausalLM
 apply_hyper_connections(model, num_streams=4, variant="mhc", dynamic=False)
 apply_hyper_connections(model, 4, "mhc", eps=1e-5)
@@ -119,6 +152,8 @@ HyperConnection(8, 4, residual_logit=2.0)
 apply_hyper_connections(model, num_streams="four")
 convert_checkpoint("a", "b", nmu_streams=2)
 HyperConnection(8, 4, readout="mean")
+KromHCPeftConfig(task_type="CAUSAL_LM", num_streams=4, eps=1e-5)
+KromHCPeftConfig(num_streams="four")
 """
 
 
@@ -126,8 +161,8 @@ def test_type_checkers_know_the_options(tmp_path):
     (tmp_path / "use.py").write_text(USE)
     out, _, _ = mypy.run([str(tmp_path / "use.py"), "--config-file", str(PROJECT / "pyproject.toml"), "--no-pretty"])
     errors = [line for line in out.splitlines() if "use.py" in line and "error" in line]
-    assert [line.partition("use.py:")[2].partition(":")[0] for line in errors] == ["9", "10", "11"], out
-    for error, said in zip(errors, ("num_streams", "nmu_streams", "readout"), strict=True):
+    assert [line.partition("use.py:")[2].partition(":")[0] for line in errors] == ["9", "10", "11", "13"], out
+    for error, said in zip(errors, ("num_streams", "nmu_streams", "readout", "num_streams"), strict=True):
         assert said in error
 
 

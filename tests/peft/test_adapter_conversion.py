@@ -5,15 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.adapters import FAMILIES, adapter_config, base_model, perturb, perturb_hyper_connections
+from support.adapters import (
+    FAMILIES,
+    adapter_config,
+    base_model,
+    lora_config,
+    perturb,
+    perturb_hyper_connections,
+)
 from support.connected import LEARNED_READOUTS
+from support.hub_client import push_base
 from support.runs import retrofitted
 from support.tiny import token_ids
 from transformers import AutoModelForCausalLM
 
 from kromhc_hf import (
+    HyperConnection,
     KromHCForCausalLM,
     adapter_to_model,
     apply_hyper_connections,
@@ -111,7 +121,10 @@ def test_command_line_from_adapter_to_model_and_back(tmp_path, kromhc):
         expected = adapted.eval()(tokens).logits
     code, _, err = kromhc("convert", tmp_path / "adapter", tmp_path / "full", "--variant", "mhc")
     assert code == 2
-    assert f"Use kromhc adapter {tmp_path / 'adapter'} {tmp_path / 'full'}." in " ".join(err.split())
+    assert f"Its full model is what kromhc adapter {tmp_path / 'adapter'} DESTINATION writes." in " ".join(err.split())
+    get_peft_model(base_model(), lora_config()).save_pretrained(tmp_path / "lora")
+    code, _, err = kromhc("convert", tmp_path / "lora", tmp_path / "full")
+    assert (code, "Merge the adapter first: merge_and_unload()" in " ".join(err.split())) == (2, True)
     code, out, _ = kromhc("adapter", tmp_path / "adapter", tmp_path / "full")
     assert (code, str(tmp_path / "full") in out) == (0, True)
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
@@ -144,6 +157,10 @@ def spoiled(folder: Path, what: str) -> None:
         content["num_streams"] = 3
     config.write_text(json.dumps(content))
     save_file(tensors, weights, metadata={"format": "pt"})
+    if what == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "no tensors":
+        weights.unlink()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +170,8 @@ def spoiled(folder: Path, what: str) -> None:
         ("base", "must name its base in base_model_name_or_path; got None. Give it with --base."),
         ("missing tensor", r"'model.layers.1.ffn_hc.bias' with shape [10], to fit KromHCLlamaForCausalLM; got None"),
         ("other shape", "'model.layers.0.attn_hc.bias' with shape"),
+        ("cut off", "adapter_model.safetensors must be a complete file of tensors"),
+        ("no tensors", "must hold adapter_model.safetensors; it does not"),
     ],
 )
 def test_command_line_refuses_adapters_that_are_not_whole(tmp_path, kromhc, what, message):
@@ -176,3 +195,52 @@ def test_command_line_asks_for_the_base_of_a_model_that_does_not_tell(tmp_path, 
     code, _, err = kromhc("adapter", tmp_path / "nothing", tmp_path / "adapter")
     assert code == 2
     assert "must be an existing folder" in " ".join(err.split())
+
+
+def test_command_line_refuses_a_base_with_hyper_connections(tmp_path, kromhc):
+    retrofitted().save_pretrained(tmp_path / "full")
+    code, _, err = kromhc("adapter", tmp_path / "full", tmp_path / "adapter", "--base", tmp_path / "full")
+    assert (code, "has been converted already" in " ".join(err.split())) == (2, True)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_becomes_a_model_on_the_revision_that_it_was_made_for(hub, tmp_path, kromhc):
+    base_model(seed=1).save_pretrained(tmp_path / "base")
+    first = push_base(tmp_path / "base")
+    base_model(seed=2).save_pretrained(tmp_path / "later")
+    HfApi().upload_folder(repo_id="ada/base", folder_path=tmp_path / "later")
+    base = AutoModelForCausalLM.from_pretrained("ada/base", revision=first)
+    adapted = get_peft_model(base, adapter_config(revision=first))
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = token_ids(base.config)
+    assert kromhc("adapter", tmp_path / "adapter", tmp_path / "full")[0] == 0
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert torch.equal(full(ids).logits, adapted.eval()(ids).logits)
+    # The model knows its base, so that the way back needs no option.
+    assert full.config.hc_conversion["base_revision"] == first
+    assert kromhc("adapter", tmp_path / "full", tmp_path / "back")[0] == 0
+    written = json.loads((tmp_path / "back/adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("ada/base", first)
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert torch.equal(again(ids).logits, full(ids).logits)
+
+
+def test_code_of_the_base_does_not_come_along(tmp_path, kromhc):
+    base_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, adapter_config()).save_pretrained(tmp_path / "adapter")
+    settings = tmp_path / "base/tokenizer_config.json"
+    settings.write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil/repo--t.T", None]}}))
+    code, _, err = kromhc("adapter", tmp_path / "adapter", tmp_path / "full")
+    assert (code, "must not name code outside its own folder" in " ".join(err.split())) == (2, True)
+    assert not (tmp_path / "full").exists()
+
+
+def test_the_kernel_comes_along():
+    model = get_peft_model(base_model(), adapter_config())
+    for module in model.modules():
+        if isinstance(module, HyperConnection):
+            module.kernel = "auto"
+    full = adapter_to_model(model)
+    assert {module.kernel for module in full.modules() if isinstance(module, HyperConnection)} == {"auto"}

@@ -1,5 +1,8 @@
 """Hyper-connections as an adapter on a plain base."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
@@ -132,6 +135,43 @@ def test_adapters_with_and_without_learned_ends_are_switched():
     assert torch.equal(model(ids).logits, outputs["plain"])
     assert not [name for name, _ in model.named_parameters() if "expand_hc" in name or "readout_hc" in name]
     assert type(model.unload()) is type(base_model())
+
+
+def test_deleting_the_active_adapter_leaves_the_ends_of_the_one_that_follows():
+    base = base_model()
+    ids = token_ids(base.config)
+    model = get_peft_model(base, adapter_config(readout="softmax", stream_embedding=True), adapter_name="a")
+    model.add_adapter("b", adapter_config())
+    model.add_adapter("c", adapter_config(num_streams=2, readout="softmax", stream_embedding=True))
+    outputs = {}
+    for name in ("c", "b", "a"):
+        model.set_adapter(name)
+        perturb(model)
+        outputs[name] = model.eval()(ids).logits
+    model.delete_adapter("a")
+    (active,) = model.active_adapters
+    assert torch.equal(model(ids).logits, outputs[active])
+    model.delete_adapter(active)
+    (last,) = model.active_adapters
+    assert torch.equal(model(ids).logits, outputs[last])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("options", [{}, {"readout": "softmax", "stream_embedding": True}], ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+def test_an_adapted_model_can_be_copied(copied, options, model_type):
+    model = get_peft_model(base_model(model_type), adapter_config(**options))
+    perturb(model)
+    ids = token_ids(model.config)
+    expected = model.eval()(ids).logits
+    twin = copied(model)
+    assert torch.equal(twin(ids).logits, expected)
+    perturb(twin)
+    assert not torch.equal(twin(ids).logits, expected)
+    assert torch.equal(model(ids).logits, expected)
+    with twin.disable_adapter():
+        assert torch.equal(twin(ids).logits, base_model(model_type)(ids).logits)
+    assert type(twin.unload()) is type(base_model(model_type))
 
 
 def test_merging_is_refused_with_the_reason():
