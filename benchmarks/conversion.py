@@ -1,6 +1,6 @@
 """Time and memory of converting a checkpoint, beside loading it, changing it and saving it with transformers.
 
-    python benchmarks/conversion.py [--layers 19] [--shards 40] [--folder FOLDER]
+    python -m benchmarks.conversion [--layers 19] [--shards 40] [--folder FOLDER]
 
 The checkpoint is a bf16 Llama of width 4096 in sparse files: 19 layers are 8.2 GB that take no room on disk. What is
 saved with transformers does take it. Each way runs in a process of its own; time and memory are counted from the end of

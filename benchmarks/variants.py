@@ -1,7 +1,7 @@
 """Double stochasticity over depth, cost and parameters of every variant; prints tables and draws the depth picture.
 
-python benchmarks/variants.py --plot docs/variants.png
-python benchmarks/variants.py --device cuda --tokens 8192
+python -m benchmarks.variants --plot docs/variants.png
+python -m benchmarks.variants --device cuda --tokens 8192
 """
 
 import argparse
