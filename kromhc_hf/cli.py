@@ -73,7 +73,7 @@ def convert(
     if private and push_to is None:
         raise ValueError("--private would have no effect without an upload. Use it with --push-to USER/NAME.")
     if push_to is not None:
-        check_push(push_to)
+        check_push(push_to, private)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=messages, transient=True) as progress:
         bar = progress.add_task("copying", total=None)

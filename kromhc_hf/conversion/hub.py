@@ -75,30 +75,36 @@ def upload(
         ValueError: if a private repository is asked for and a public one is there.
     """
     api = HfApi(token=token)
+    _refuse_public(api, repo_id, private)
     with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        public = private and not api.repo_info(repo_id).private
-    if public:
-        raise ValueError(
-            f"private is for a new repository; {repo_id} exists and is public. Make it private on the Hub first, or "
-            "leave private out."
-        )
-    with _explained(repo_id):
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url
 
 
-def check_push(repo_id: str, token: str | bool | None = None) -> None:
+def check_push(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> None:
     """Refuses, before any work is done, an upload for which there is no valid id or token.
 
     Raises:
-        ValueError: if `repo_id` is not USER/NAME.
+        ValueError: if `repo_id` is not USER/NAME, or a private repository is asked for and a public one is there.
         OSError: if the Hub refuses the token, or cannot be reached.
     """
+    api = HfApi(token=token)
     with _explained(repo_id):
         validate_repo_id(repo_id)
-        HfApi(token=token).whoami()
+        api.whoami()
+    _refuse_public(api, repo_id, private)
+
+
+def _refuse_public(api: HfApi, repo_id: str, private: bool | None) -> None:
+    with _explained(repo_id):
+        public = private and api.repo_exists(repo_id) and not api.repo_info(repo_id).private
+    if public:
+        raise ValueError(
+            f"private is for a new repository; {repo_id} exists and is public. Make it private on the Hub first, or "
+            "leave private out."
+        )
 
 
 @contextmanager

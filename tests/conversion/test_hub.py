@@ -180,10 +180,14 @@ def test_the_namespace_of_somebody_else_is_refused(hub, converted):
         push_checkpoint(converted, "bob/model")
 
 
-def test_private_is_for_new_repositories(hub, converted):
+def test_private_is_for_new_repositories(hub, converted, licensed_base, tmp_path, kromhc):
     push_checkpoint(converted, "ada/open")
-    with pytest.raises(ValueError, match="private is for a new repository; ada/open exists and is public"):
+    refused = "private is for a new repository; ada/open exists and is public"
+    with pytest.raises(ValueError, match=refused):
         push_checkpoint(converted, "ada/open", private=True)
+    code, out, err = kromhc("convert", licensed_base, tmp_path / "out", "--push-to", "ada/open", "--private")
+    assert (code, out, refused in " ".join(err.split())) == (2, "", True)
+    assert not (tmp_path / "out").exists()
     push_checkpoint(converted, "ada/secret", private=True)
     push_checkpoint(converted, "ada/secret", private=True)
 
