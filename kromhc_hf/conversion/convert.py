@@ -100,13 +100,10 @@ def convert_checkpoint(
         take_code_along(config, target)
         # save_pretrained of a configuration would leave transformers_weights out.
         config.to_json_file(target / "config.json")
-        report = ConversionReport(
-            source=str(source),
-            destination=str(destination),
-            model_type=config.model_type,
-            num_streams=chosen.num_streams,
-            variant=chosen.variant,
-            init=chosen.init,
+        report = ConversionReport.of(
+            source,
+            destination,
+            config,
             base_tensors=len(base_files),
             added_parameters=sum(torch.Size(form.shape).numel() for form in added.values()),
             added_bytes=sum(form.nbytes for form in added.values()),

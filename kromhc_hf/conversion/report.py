@@ -59,6 +59,24 @@ class ConversionReport:
     layers: tuple[int, ...] | None = None
     first_different_layer: int | None = None
 
+    @classmethod
+    def of(
+        cls, source: Any, destination: Any, config: Any, base_tensors: int, added_parameters: int, added_bytes: int
+    ) -> "ConversionReport":
+        """What is known of a converted model, by its configuration, before anything has run."""
+        options = config.stream_options()
+        return cls(
+            source=str(source),
+            destination=str(destination),
+            model_type=config.model_type,
+            num_streams=options.num_streams,
+            variant=options.variant,
+            init=options.init,
+            base_tensors=base_tensors,
+            added_parameters=added_parameters,
+            added_bytes=added_bytes,
+        )
+
     @property
     def passed(self) -> bool:
         """False only where an init that promises an unchanged function did not keep it."""

@@ -130,13 +130,10 @@ def _report(base: Any, converted: Any, base_model: Any, model: Any) -> Conversio
         )
     base_names = base_model.state_dict().keys()
     added = [tensor for name, tensor in model.state_dict().items() if name not in base_names]
-    return ConversionReport(
-        source=str(base),
-        destination=str(converted),
-        model_type=config.model_type,
-        num_streams=config.hc_num_streams,
-        variant=config.hc_variant,
-        init=config.hc_init,
+    return ConversionReport.of(
+        base,
+        converted,
+        config,
         base_tensors=len(base_names),
         added_parameters=sum(tensor.numel() for tensor in added),
         added_bytes=sum(tensor.nbytes for tensor in added),
