@@ -90,8 +90,9 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
     for size in prime_factors(factor):
         digit = _new_digit(config.hc_num_streams, size)
         config.hc_num_streams *= size
+        options = config.stream_options()
         for layer in layers:
-            _grow_layer(layer, config.stream_options(), digit, kept)
+            _grow_layer(layer, options, digit, kept)
     difference = (_probe(model) - expected).abs().max().item()
     model.train(was_training)
     return Growth(before, config.hc_num_streams, difference)

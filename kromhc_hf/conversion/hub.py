@@ -37,7 +37,8 @@ def push_checkpoint(
         token: of the Hub; by default the one of `hf auth login`.
 
     Raises:
-        ValueError: if the folder is not a checkpoint with hyper-connections.
+        ValueError: if the folder is not a checkpoint with hyper-connections, or a private repository is asked for and a
+            public one is there.
         OSError: if the Hub refuses the token or the repository, or the connection breaks.
     """
     folder = Path(folder)

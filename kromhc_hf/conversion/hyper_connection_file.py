@@ -79,7 +79,8 @@ def push_hyper_connections(
         The address of the commit.
 
     Raises:
-        ValueError: if the model has no hyper-connections, or its base is not known or only a folder here.
+        ValueError: if the model has no hyper-connections, its base is not known or only a folder here, or a private
+            repository is asked for and a public one is there.
         OSError: if the Hub refuses the token or the repository, or the connection breaks.
     """
     metadata, card = _description(model, base_model, base_revision, repo_id)
@@ -118,7 +119,7 @@ def load_hyper_connections(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or does not fit the base.
+        ValueError: if the file is damaged or does not fit the base, or a revision is asked for of something on disk.
         OSError: if the base cannot be loaded.
     """
     path = _find(source, revision, token)

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from ..applying import apply_hyper_connections, has_hyper_connections
 from ..conversion.base import BaseCheckpoint
 from ..conversion.disk import new_folder
 from ..conversion.files import ADAPTER_CONFIG, ADAPTER_TYPE, CARD, read_json
+from ..inspection.recording import branches
 from ..modeling.configuration_kromhc import PREFIX
-from ..modeling.hyper_connection import HyperConnection
 from ..modeling.model_card import model_card
 from ..modeling.modeling_kromhc import KromHCForCausalLM
 from ..training import hyper_connection_state_dict, load_hyper_connection_state_dict
@@ -85,16 +84,13 @@ def adapter_to_model(peft_model: Any, adapter_name: str | None = None) -> Any:
             "Merge them first, with merge_and_unload() of their own PeftModel."
         )
     tensors = model_keys(get_peft_model_state_dict(peft_model, adapter_name=name))
-    kernels = [module.kernel for path, module in _hyper_connections(peft_model) if path.endswith(f".{name}")]
+    sites: dict[str, Any] = branches(peft_model)
+    kernels = {path: site.hyper_connection_adapters[name].kernel for path, site in sites.items()}
     model = apply_hyper_connections(peft_model.unload(), **config.stream_options().to_dict())
     load_hyper_connection_state_dict(model, tensors, f"adapter {name!r}")
-    for (_, module), kernel in zip(_hyper_connections(model), kernels, strict=True):
-        module.kernel = kernel
+    for path, hyper_connection in branches(model).items():
+        hyper_connection.kernel = kernels[path]
     return model
-
-
-def _hyper_connections(model: Any) -> Iterator[tuple[str, HyperConnection]]:
-    return ((path, module) for path, module in model.named_modules() if isinstance(module, HyperConnection))
 
 
 def model_to_adapter(
@@ -129,7 +125,7 @@ def model_to_adapter(
     )
     config.save_pretrained(str(destination))
     tensors = {key: tensor.contiguous().cpu() for key, tensor in hyper_connection_state_dict(model).items()}
-    save_file(adapter_keys(tensors), Path(destination) / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(adapter_keys(tensors), Path(destination) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     return config
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,26 @@ def test_no_six_lines_of_the_package_stand_twice():
             assert run not in seen, f"{path.name} has six lines that {seen[run]} has as well: {run}"
             seen[run] = path.name
     assert len(seen) > 4000
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("configuration", ["KromHCConfig", "KromHCLlamaConfig"]),
+        ("modeling", ["KromHCForCausalLM", "KromHCModel", "KromHCLlamaForCausalLM", "KromHCLlamaConfig"]),
+        ("conversion", ["convert_checkpoint", "verify_conversion", "ConversionReport"]),
+        ("peft_conversion", ["adapter_to_model", "model_to_adapter"]),
+    ],
+)
+def test_documented_import_paths_stay(module, names):
+    """Public names where they were first documented, and generated classes, which pickles look up by name."""
+    found = import_module(f"kromhc_hf.{module}")
+    for name in names:
+        thing = getattr(found, name)
+        assert thing.__name__ == name
+        assert getattr(kromhc_hf, name, thing) is thing
+    with pytest.raises(AttributeError, match="KromHCNothing"):
+        _ = found.KromHCNothing
 
 
 def test_every_public_name_is_documented():
