@@ -1,7 +1,6 @@
-"""The `kromhc` command: results on stdout, messages on stderr, exit 0, 1 (a check failed) or 2 (bad input)."""
+"""The `kromhc` command: results on stdout, messages on stderr, exit codes as in `command_errors`."""
 
 import json
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -23,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from transformers.utils import logging
 
+from .command_errors import ErrorsAsMessages, PipedConsole, read_text
 from .command_options import parse_layers, refuse_unread, stream_options
 from .conversion.base import refuse_adapter
 from .conversion.convert import convert_checkpoint
@@ -41,12 +40,13 @@ from .modeling.options import StreamOptions
 
 
 app = typer.Typer(
+    cls=ErrorsAsMessages,
     help="Hyper-connections for the causal language models of transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-output, messages = Console(), Console(stderr=True)
+output, messages = PipedConsole(), PipedConsole(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
@@ -145,7 +145,7 @@ def verify(
     """Run a base model and its converted form on the same tokens; exit 1 if a lossless init is not lossless."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16; got {dtype!r}.")
-    sample = None if text is None else text.read_text(encoding="utf-8")
+    sample = read_text(text)
     with messages.status("running both models on the same tokens"):
         report = verify_conversion(
             base, converted, text=sample, max_tokens=max_tokens, dtype=dtype, layers=parse_layers(layers)
@@ -167,10 +167,10 @@ def inspect(
     """Run a converted checkpoint on a text and show what its streams do, as a table and as pictures."""
     if directory is not None:
         require_matplotlib()
-    sample = None if text is None else text.read_text(encoding="utf-8")
+    sample = read_text(text)
     checkpoints = [model] if before is None else [model, before]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=messages) as progress:
+    with Progress(*columns, console=messages, transient=True) as progress:
 
         def bar(description: str) -> Callable[[int, int], None]:
             task = progress.add_task(description, total=None)
@@ -180,6 +180,8 @@ def inspect(
         if directory is not None:
             earlier = inspected[1] if before is not None else None
             write_report(inspected[0], directory / "report.html", earlier, bar("drawing"))
+        # Bars that are full stay, one that an error stopped does not.
+        progress.live.transient = False
     if as_json:
         names = ("model", "before")
         print(json.dumps(dict(zip(names, (inspection.to_dict() for inspection in inspected))), indent=2))
@@ -247,7 +249,12 @@ def _finish(report: ConversionReport, as_json: bool) -> None:
     else:
         output.print(_table(report))
     if not report.passed:
-        messages.print("The init promises an unchanged function, but the outputs differ.", style="bold red")
+        messages.print(
+            "The init promises an unchanged function, but the outputs differ. That is what training does; a model that "
+            "was not trained should be converted again.",
+            style="bold red",
+            soft_wrap=True,
+        )
         raise typer.Exit(1)
 
 
@@ -261,14 +268,10 @@ def _table(report: ConversionReport) -> Table:
 
 
 def main() -> None:
-    """Entry point: bad input ends with a message and exit code 2, never with a traceback."""
+    """Entry point."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        messages.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    app()
 
 
 if __name__ == "__main__":

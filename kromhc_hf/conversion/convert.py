@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..modeling.configuration_kromhc import KromHCConfig
 from ..modeling.model_card import model_card
@@ -18,6 +18,8 @@ from .base import BaseCheckpoint
 from .disk import check_link, new_folder
 from .files import CARD, WEIGHTS, WEIGHTS_INDEX, write_json
 from .report import ConversionReport
+from .stored_model import StoredModel
+from .stored_tensors import StoredTensors, check_tensors
 from .tensor_files import TensorForm, write_safetensors
 from .verification import verify_conversion
 
@@ -32,6 +34,7 @@ VERIFICATION = (
     "dtype",
     "tokens",
     "text",
+    "output",
     "bitwise_equal",
     "max_logit_difference",
     "max_logit",
@@ -81,13 +84,13 @@ def convert_checkpoint(
     check_link(link)
     chosen = StreamOptions(**given_options((), options))
     base, destination = BaseCheckpoint.open(source, revision, base_model), Path(destination)
-    backbone = AutoConfig.from_pretrained(base.folder)
-    config: Any = KromHCConfig(backbone_config=backbone, **chosen.as_fields())
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    stored = StoredModel.open(base.folder)
+    config: Any = KromHCConfig(backbone_config=stored.config, **chosen.as_fields())
+    model = replace(stored, config=config).skeleton()
     config.architectures = [type(model).__name__]
     config.hc_conversion = base.origin
     added = added_tensors(model)
+    check_tensors(model, StoredTensors(base.folder), besides=added)
     with new_folder(destination) as target:
         base_files = base.bring_into(target, link, progress)
         if added:

@@ -11,7 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..modeling.configuration_kromhc import PREFIX, KromHCConfig
 from ..modeling.model_card import model_card
-from .files import CARD, may_write_card, read_json
+from .files import CARD, may_write_card
+from .stored_model import model_content
 
 
 def push_checkpoint(
@@ -37,12 +38,13 @@ def push_checkpoint(
         token: of the Hub; by default the one of `hf auth login`.
 
     Raises:
+        FileNotFoundError: if the folder has no config.json.
         ValueError: if the folder is not a checkpoint with hyper-connections, or a private repository is asked for and a
             public one is there.
         OSError: if the Hub refuses the token or the repository, or the connection breaks.
     """
     folder = Path(folder)
-    content = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    content = model_content(folder)
     if not str(content.get("model_type")).startswith(PREFIX):
         raise ValueError(
             f"folder must hold a checkpoint with hyper-connections; {folder} has model_type "

@@ -4,43 +4,47 @@ The model is built without weights. Embeddings, norms and head are loaded once; 
 called and go when it has returned.
 """
 
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.stream_ends import mean_of_streams
-from .files import find_weights, read_json
-from .tensor_files import read_pickled
+from .stored_model import StoredModel, head_output
+from .stored_tensors import StoredTensors, quantization_of
 
 
 class LayerwiseModel:
-    """A causal language model whose decoder layers are loaded one at a time, from safetensors or `.bin` files.
+    """A model whose decoder layers are loaded one at a time, from safetensors or `.bin` files.
 
     Args:
-        folder: the checkpoint.
+        source: the checkpoint, opened or its folder.
         dtype: of the model; "auto" for the one it is stored in.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or its family is not supported.
+        ValueError: if the checkpoint is damaged, incomplete or quantised, or its family is not supported.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | str = "auto"):
-        self.source = _Source(folder)
-        config: Any = AutoConfig.from_pretrained(folder)
-        chosen = self.source.dtype(config) if dtype == "auto" else dtype
+    def __init__(self, source: StoredModel | str | os.PathLike[str], dtype: torch.dtype | str = "auto"):
+        stored = source if isinstance(source, StoredModel) else StoredModel.open(source)
+        if (method := quantization_of(stored.config)) is not None:
+            raise ValueError(
+                f"layers can be run one at a time where weights are stored as numbers; those of {stored.folder} are "
+                f"quantised ({method}), and the whole model is what unpacks them. Verify it in one piece: leave layers "
+                "out (kromhc verify without --layers)."
+            )
+        stored.check()
+        self.source = StoredTensors(stored.folder)
+        chosen = self.source.dtype(stored.config) if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
-        with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+        self.model = stored.skeleton(self.dtype)
         decoder, self.specs = present_plan(find_decoder(self.model))
         self.layers = decoder.layers
         conversions: Any = get_model_conversion_mapping(self.model)
@@ -55,9 +59,10 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def run(self, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Logits `[1, S, V]` in fp32, and the hidden states `[1, S, C]` behind each of the given layers.
+        """What the head computes, such as logits `[1, S, V]`, in fp32, and the hidden states behind some layers.
 
-        Other layers are left out: they return what they are given. Streams are shown as their mean.
+        Other layers are left out: they return what they are given. Hidden states are `[1, S, C]`; streams are shown as
+        their mean.
 
         Args:
             tokens: `[1, S]`.
@@ -83,7 +88,9 @@ class LayerwiseModel:
                 layer.register_forward_hook(record)
             else:
                 layer.forward = self._pass_through(position)
-        return self.model(tokens, use_cache=False).logits.float(), states
+        # Not as an argument, which some heads do not take.
+        self.model.config.use_cache = False
+        return head_output(self.model(tokens)).float(), states
 
     def _pass_through(self, position: int) -> Any:
         extras, is_last = self.specs[position].extras, position == len(self.layers) - 1
@@ -106,33 +113,6 @@ class LayerwiseModel:
         self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
         self.model._initialize_missing_keys(False)
         self.model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-
-
-class _Source:
-    """The tensors of a checkpoint, read from disk when they are asked for."""
-
-    def __init__(self, folder: Path):
-        weights = find_weights(folder, read_json(folder / "config.json"))
-        self.folder = folder
-        self.files: dict[str, str] = {} if weights.pickled else weights.tensors
-        self.pickled: dict[str, Tensor] = {}
-        for file in weights.files if weights.pickled else ():
-            self.pickled.update(read_pickled(folder / file))
-        self.names = [*self.files, *self.pickled]
-
-    def read(self, names: list[str]) -> dict[str, Any]:
-        """Tensors, or slices of files that are read where they are used; files stay open no longer than those."""
-        shards = {
-            file: safe_open(self.folder / file, "pt") for file in {self.files[n] for n in names if n in self.files}
-        }
-        return {n: shards[self.files[n]].get_slice(n) if n in self.files else self.pickled[n] for n in names}
-
-    def dtype(self, config: Any) -> torch.dtype | str:
-        """The dtype that the model is stored in: what its configuration says, or that of its first float tensor."""
-        if getattr(config, "dtype", None) is not None:
-            return config.dtype
-        first = (self.read([name])[name][:] for name in self.names)
-        return next((tensor.dtype for tensor in first if tensor.is_floating_point()), torch.float32)
 
 
 def _forget(layer: nn.Module) -> None:

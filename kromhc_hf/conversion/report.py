@@ -21,10 +21,12 @@ class ConversionReport:
         dtype: in which both models ran.
         tokens: number of tokens compared.
         text: whether they were real text (a tokenizer was there) or random.
-        bitwise_equal: whether all logits are the same bits.
-        max_logit_difference: largest |logit difference|.
-        max_logit: largest |logit| of the base, the scale of the difference.
-        mean_kl: mean over tokens of KL(base || converted), nats.
+        output: what was compared: "logits", "start and end logits" or "last hidden state", as the head of the base is.
+        bitwise_equal: whether all of that are the same bits.
+        max_logit_difference: largest |difference|.
+        max_logit: largest |value| of the base, the scale of the difference.
+        mean_kl: mean over tokens of KL(base || converted), nats. This and the next three are of causal language models,
+            and None for other heads.
         top1_agreement: share of tokens with the same most likely next token.
         greedy_base, greedy_converted: greedy continuation of both, text or token ids.
         lossless_init: whether the init promises an unchanged function.
@@ -47,6 +49,7 @@ class ConversionReport:
     dtype: str | None = None
     tokens: int | None = None
     text: bool | None = None
+    output: str | None = None
     bitwise_equal: bool | None = None
     max_logit_difference: float | None = None
     max_logit: float | None = None
@@ -101,15 +104,22 @@ def report_rows(report: ConversionReport) -> list[tuple[str, Any]]:
     return [
         *rows,
         ("compared on", f"{report.tokens} {'text' if report.text else 'random'} tokens in {report.dtype}"),
-        ("logits", f"{verdict} (largest |logit| {report.max_logit:.3g})"),
-        ("mean KL", f"{report.mean_kl:.3g} nats"),
-        ("top-1 agreement", f"{report.top1_agreement:.2%}"),
+        (report.output or "logits", f"{verdict} (largest |value| {report.max_logit:.3g})"),
+        *_distribution(report),
         *_continuation_or_layers(report),
         ("lossless", {True: "yes", False: "NO"}[bool(report.lossless)]),
     ]
 
 
+def _distribution(report: ConversionReport) -> list[tuple[str, Any]]:
+    if report.mean_kl is None:
+        return []
+    return [("mean KL", f"{report.mean_kl:.3g} nats"), ("top-1 agreement", f"{report.top1_agreement:.2%}")]
+
+
 def _continuation_or_layers(report: ConversionReport) -> list[tuple[str, Any]]:
+    if report.layers is None and report.greedy_base is None:
+        return []
     if report.layers is None:
         return [("greedy, base", report.greedy_base), ("greedy, converted", report.greedy_converted)]
     first = report.first_different_layer

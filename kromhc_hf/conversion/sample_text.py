@@ -19,10 +19,16 @@ went below, and had soup, and slept until the morning."""
 def sample_tokens(
     checkpoint: str | os.PathLike[str], text: str | None, length: int, vocab_size: int
 ) -> tuple[Tensor, Any]:
-    """The first tokens of the text and the tokenizer; random tokens and None where no tokenizer can read the sample."""
+    """The first tokens of the text and the tokenizer; random tokens and None where no tokenizer can read the sample.
+
+    Raises:
+        ValueError: if there is a text and it is empty, or no tokenizer can read it.
+    """
+    if text is not None and not text.strip():
+        raise ValueError("text must have at least one token; got an empty one. Leave it out to use a short story.")
     random = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         tokens = tokenizer(text or SAMPLE_TEXT, return_tensors="pt", truncation=True, max_length=length)["input_ids"]
     except Exception as error:  # the tokenizers library raises bare exceptions
         if text is None:

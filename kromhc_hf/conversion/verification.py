@@ -4,17 +4,20 @@ import gc
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from .files import resolve_source
+from ..modeling.configuration_kromhc import KromHCConfig
+from ..modeling.modeling_kromhc import KromHCForCausalLM
+from ..training import hyper_connection_state_dict
 from .layerwise import LayerwiseModel
 from .report import ConversionReport
 from .sample_text import sample_tokens
+from .stored_model import OUTPUT_NAMES, StoredModel, family_of, head_output
+from .stored_tensors import StoredTensors
 
 
 # In fp32 sums of the same terms in another order differ in the last bits; in half precision nothing may differ.
@@ -33,7 +36,7 @@ def verify_conversion(
     layers: str | Sequence[int] | None = None,
     report: ConversionReport | None = None,
 ) -> ConversionReport:
-    """Runs a base model and its converted form on the same tokens and compares what comes out.
+    """Runs a base model and its converted form on the same tokens and compares what their heads compute.
 
     With `layers`, the models are run one decoder layer at a time, which takes the memory of the embeddings, one layer
     and the head, and the output of every layer is compared too.
@@ -50,53 +53,54 @@ def verify_conversion(
         report: a report to complete, as the conversion wrote it.
 
     Raises:
-        ValueError: if `converted` has no hyper-connections, or there are no such layers.
+        ValueError: if one of the two is incomplete, `converted` cannot have been made from `base` or has no
+            hyper-connections, the text is empty, there are no such layers, or a quantised checkpoint is to be run by
+            layers.
         OSError: if one of the two cannot be loaded.
     """
-    if layers is not None:
-        return _verify_layers(base, converted, layers, text, max_tokens, dtype, report)
-    base_logits, base_greedy, base_model, tokens, tokenizer = _run(base, None, text, max_tokens, new_tokens, dtype)
-    logits, greedy, model, _, _ = _run(converted, tokens, text, max_tokens, new_tokens, dtype)
-    report = report or _report(base, converted, base_model, model)
+    first, second = StoredModel.open(base), StoredModel.open(converted)
+    wanted = None if layers is None else _positions(layers, first.config.num_hidden_layers)
+    _check_pair(first, second)
+    context = getattr(first.config, "max_position_embeddings", None) or max_tokens
+    vocabulary = first.config.get_text_config().vocab_size
+    tokens, tokenizer = sample_tokens(first.folder, text, min(max_tokens, context), vocabulary)
+    report = replace(report or _report(first, second), tokens=tokens.numel(), text=tokenizer is not None)
+    if wanted is not None:
+        return _verify_layers(first, second, tokens, wanted, dtype, report)
+    of_base = _run(first, tokens, new_tokens, dtype)
+    of_converted = _run(second, tokens, new_tokens, dtype)
     return replace(
-        _compared(report, base_logits, logits, model.config),
-        dtype=str(base_model.dtype).removeprefix("torch."),
-        tokens=tokens.numel(),
-        text=tokenizer is not None,
-        greedy_base=_spell(base_greedy, tokenizer),
-        greedy_converted=_spell(greedy, tokenizer),
-        lossless=_close(logits, base_logits, base_model.dtype) and torch.equal(base_greedy, greedy),
+        _compared(report, of_base.output, of_converted.output, first),
+        output=OUTPUT_NAMES.get(first.face, "logits"),
+        dtype=str(of_base.dtype).removeprefix("torch."),
+        greedy_base=_spell(of_base.continuation, tokenizer),
+        greedy_converted=_spell(of_converted.continuation, tokenizer),
+        lossless=_close(of_converted.output, of_base.output, of_base.dtype)
+        and of_converted.continuation == of_base.continuation,
     )
 
 
 def _verify_layers(
-    base: str | os.PathLike[str],
-    converted: str | os.PathLike[str],
-    layers: str | Sequence[int],
-    text: str | None,
-    max_tokens: int,
+    base: StoredModel,
+    converted: StoredModel,
+    tokens: Tensor,
+    layers: list[int],
     dtype: torch.dtype | str,
-    report: ConversionReport | None,
+    report: ConversionReport,
 ) -> ConversionReport:
     """`verify_conversion` with one layer of one model in memory at a time."""
-    model = LayerwiseModel(resolve_source(base), dtype)
-    config, wanted = model.model.config, _positions(layers, len(model.layers))
-    length = min(max_tokens, getattr(config, "max_position_embeddings", None) or max_tokens)
-    tokens, tokenizer = sample_tokens(base, text, length, config.vocab_size)
-    base_logits, base_states = model.run(tokens, wanted)
-    other = LayerwiseModel(resolve_source(converted), model.dtype)
-    report = report or _report(base, converted, model.model, other.model)
-    logits, states = other.run(tokens, wanted)
-    pairs = zip(wanted, states, base_states)
+    model = LayerwiseModel(base, dtype)
+    output, states = model.run(tokens, layers)
+    other_output, other_states = LayerwiseModel(converted, model.dtype).run(tokens, layers)
+    pairs = zip(layers, other_states, states)
     different = (position for position, state, expected in pairs if not _close(state, expected, model.dtype))
     first = next(different, None)
     return replace(
-        _compared(report, base_logits, logits, other.model.config),
+        _compared(report, output, other_output, base),
+        output=OUTPUT_NAMES.get(base.face, "logits"),
         dtype=str(model.dtype).removeprefix("torch."),
-        tokens=tokens.numel(),
-        text=tokenizer is not None,
-        lossless=first is None and _close(logits, base_logits, model.dtype),
-        layers=tuple(wanted),
+        lossless=first is None and _close(other_output, output, model.dtype),
+        layers=tuple(layers),
         first_different_layer=first,
     )
 
@@ -120,69 +124,111 @@ def _close(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return wide and (values - expected).abs().max().item() <= LOSSLESS_FP32 * expected.abs().max().item()
 
 
-def _report(base: Any, converted: Any, base_model: Any, model: Any) -> ConversionReport:
-    """A report of what is known without running the models."""
-    config = model.config
-    if not hasattr(config, "hc_num_streams"):
+def _check_pair(base: StoredModel, converted: StoredModel) -> None:
+    """Refuses two checkpoints of which one cannot have been made from the other.
+
+    Raises:
+        ValueError: naming the first difference: no hyper-connections, another family, head, vocabulary, or shape.
+    """
+    rule = f"{converted.name} must be a converted form of {base.name}"
+    if not isinstance(converted.config, KromHCConfig):
         raise ValueError(
-            f"the second model must have hyper-connections; got model_type {config.model_type!r} in {converted}. "
-            "Give the base first and the converted checkpoint second."
+            f"the second model must have hyper-connections; got model_type {converted.config.model_type!r} in "
+            f"{converted.name}. Give the base first and the converted checkpoint second."
         )
-    base_names = base_model.state_dict().keys()
-    added = [tensor for name, tensor in model.state_dict().items() if name not in base_names]
+    families = [family_of(model.config).model_type for model in (base, converted)]
+    if families[0] != families[1]:
+        raise ValueError(f"{rule}; the one is {families[1]!r}, the other {families[0]!r}. Give the base of this model.")
+    if base.face is not converted.face:
+        raise ValueError(
+            f"{rule}; the one has the head of {converted.face.__name__}, the other that of {base.face.__name__}. "
+            "Convert the base again, or correct architectures in config.json of the one that is wrong."
+        )
+    sizes = [model.config.get_text_config().vocab_size for model in (base, converted)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{rule}; the one has {sizes[1]:,} tokens in its vocabulary, the other {sizes[0]:,}, so their outputs "
+            "cannot be compared. Verify it before tokens are added, or give the base the same ones."
+        )
+    skeletons = [model.skeleton() for model in (base, converted)]
+    shapes, others = ({n: tuple(t.shape) for n, t in model.state_dict().items()} for model in skeletons)
+    names = [*shapes, *(others.keys() - hyper_connection_state_dict(skeletons[1]).keys())]
+    different = next((name for name in names if shapes.get(name) != others.get(name)), None)
+    if different is not None:
+        raise ValueError(
+            f"{rule}; {different} has the shape {others.get(different)} in the one and {shapes.get(different)} in the "
+            "other. Give the base of this model."
+        )
+
+
+def _report(base: StoredModel, converted: StoredModel) -> ConversionReport:
+    """A report of what is known without running the models."""
+    added = hyper_connection_state_dict(converted.skeleton()).values()
     return ConversionReport.of(
-        base,
-        converted,
-        config,
-        base_tensors=len(base_names),
+        base.name,
+        converted.name,
+        converted.config,
+        base_tensors=len(StoredTensors(base.folder).names),
         added_parameters=sum(tensor.numel() for tensor in added),
         added_bytes=sum(tensor.nbytes for tensor in added),
     )
 
 
-def _compared(report: ConversionReport, base_logits: Tensor, logits: Tensor, config: Any) -> ConversionReport:
-    """The report with the numbers of two sets of logits."""
-    log_base, log_converted = base_logits.double().log_softmax(-1), logits.double().log_softmax(-1)
+def _compared(report: ConversionReport, base: Tensor, converted: Tensor, stored: StoredModel) -> ConversionReport:
+    """The report with the numbers of two outputs."""
+    if base.isnan().any():
+        raise ValueError(
+            f"the outputs of the base must be numbers to compare with; those of {stored.name} have nan among them. "
+            "Verify in another dtype (--dtype float32), or fetch its files again."
+        )
+    report = replace(
+        report,
+        bitwise_equal=torch.equal(converted, base),
+        max_logit_difference=(converted - base).abs().max().item(),
+        max_logit=base.abs().max().item(),
+        lossless_init=report.init == "identity",
+    )
+    if stored.face is not KromHCForCausalLM:
+        return report
+    log_base, log_converted = base.double().log_softmax(-1), converted.double().log_softmax(-1)
     return replace(
         report,
-        bitwise_equal=torch.equal(logits, base_logits),
-        max_logit_difference=(logits - base_logits).abs().max().item(),
-        max_logit=base_logits.abs().max().item(),
         mean_kl=F.kl_div(log_converted, log_base, reduction="none", log_target=True).sum(-1).mean().item(),
         top1_agreement=(log_base.argmax(-1) == log_converted.argmax(-1)).double().mean().item(),
-        lossless_init=config.hc_init == "identity",
     )
 
 
-def _run(
-    checkpoint: str | os.PathLike[str],
-    tokens: Tensor | None,
-    text: str | None,
-    max_tokens: int,
-    new_tokens: int,
-    dtype: torch.dtype | str,
-) -> tuple[Tensor, Tensor, Any, Tensor, Any]:
-    """Logits in fp32, greedy continuation, the model, the tokens `[1, S]` and the tokenizer that made them."""
+class _Outcome(NamedTuple):
+    """What a model computed: its output in fp32, its dtype, and its greedy continuation if it has one."""
+
+    output: Tensor
+    dtype: torch.dtype
+    greedy: Tensor | None
+
+    @property
+    def continuation(self) -> list[int]:
+        return [] if self.greedy is None else self.greedy[0].tolist()
+
+
+def _run(stored: StoredModel, tokens: Tensor, new_tokens: int, dtype: torch.dtype | str) -> _Outcome:
     gc.collect()
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    tokenizer = None
-    if tokens is None:
-        context = getattr(model.config, "max_position_embeddings", None) or max_tokens
-        tokens, tokenizer = sample_tokens(checkpoint, text, min(max_tokens, context), model.config.vocab_size)
-    logits = model(tokens).logits
-    prompt = tokens[:, : max(1, min(tokens.shape[1] // 2, 16))]
-    room = (getattr(model.config, "max_position_embeddings", None) or max_tokens) - prompt.shape[1]
-    greedy = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=min(new_tokens, room),
-        do_sample=False,
-        pad_token_id=model.config.pad_token_id or 0,
-    )
-    assert tokens is not None
-    return logits.float(), greedy, model, tokens, tokenizer
+    model = stored.load(dtype)
+    output = head_output(model(tokens))
+    greedy = None
+    if stored.face is KromHCForCausalLM:
+        prompt = tokens[:, : max(1, min(tokens.shape[1] // 2, 16))]
+        room = (getattr(model.config, "max_position_embeddings", None) or tokens.shape[1]) - prompt.shape[1]
+        greedy = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=min(new_tokens, room),
+            do_sample=False,
+            pad_token_id=model.config.pad_token_id or 0,
+        )
+    return _Outcome(output.float(), model.dtype, greedy)
 
 
-def _spell(tokens: Tensor, tokenizer: Any) -> str:
-    ids = tokens[0].tolist()
+def _spell(ids: list[int], tokenizer: Any) -> str | None:
+    if not ids:
+        return None
     return tokenizer.decode(ids, skip_special_tokens=True) if tokenizer else " ".join(map(str, ids))

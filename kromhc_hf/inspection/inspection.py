@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ..conversion.sample_text import sample_tokens
-from ..modeling.configuration_kromhc import KromHCConfig
+from ..conversion.stored_model import StoredModel
 from ..modeling.mixing import doubly_stochastic_error
 from ..modeling.options import OPTIONS
 from ..modeling.variants import VARIANTS, make_mixing
@@ -162,13 +161,12 @@ def inspect_checkpoints(
         progress: called with the steps done and their number.
 
     Raises:
-        ValueError: if a checkpoint has no hyper-connections or a single stream, the text is empty, or the checkpoints
-            have different vocabularies or branches.
+        ValueError: if a checkpoint is incomplete, an adapter, or has no hyper-connections or a single stream, the text
+            is empty, or the checkpoints have different vocabularies or branches.
         OSError: if one of them cannot be loaded.
     """
-    if text is not None and not text.strip():
-        raise ValueError("text must have at least one token; got an empty one. Leave it out to use a short story.")
-    configs = [KromHCConfig.from_pretrained(checkpoint) for checkpoint in checkpoints]
+    stored = [StoredModel.open(checkpoint).with_streams() for checkpoint in checkpoints]
+    configs = [model.config for model in stored]
     for checkpoint, config in zip(checkpoints, configs):
         _check_num_streams(config.hc_num_streams, checkpoint)
     vocabularies = [config.get_text_config().vocab_size for config in configs]
@@ -178,14 +176,14 @@ def inspect_checkpoints(
             "Compare two stages of one model."
         )
     contexts = [getattr(config, "max_position_embeddings", None) or max_tokens for config in configs]
-    ids, tokenizer = sample_tokens(checkpoints[0], text, min(max_tokens, *contexts), vocabularies[0])
+    ids, tokenizer = sample_tokens(stored[0].folder, text, min(max_tokens, *contexts), vocabularies[0])
     tokens = tuple(tokenizer.decode([i]) if tokenizer else str(i) for i in ids[0].tolist())
     inspections: list[Inspection] = []
-    for position, checkpoint in enumerate(checkpoints):
+    for position, opened in enumerate(stored):
         _report(progress, 2 * position, 2 * len(checkpoints))
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+        model = opened.load()
         _report(progress, 2 * position + 1, 2 * len(checkpoints))
-        inspections.append(inspect_model(model.eval(), ids, tokens, name=str(checkpoint)))
+        inspections.append(inspect_model(model.eval(), ids, tokens, name=opened.name))
         del model
     _report(progress, 2 * len(checkpoints), 2 * len(checkpoints))
     first, *others = [tuple(inspection.records) for inspection in inspections]

@@ -113,15 +113,20 @@ def _verification(numbers: dict[str, Any]) -> str:
     logits = (
         "bitwise equal"
         if numbers["bitwise_equal"]
-        else f"largest difference {numbers['max_logit_difference']:.3g} (largest logit {numbers['max_logit']:.3g})"
+        else f"largest difference {numbers['max_logit_difference']:.3g} (largest value {numbers['max_logit']:.3g})"
     )
     kind = "text" if numbers["text"] else "random"
+    # Heads other than that of a causal language model have no distribution of the next token.
+    distribution = (
+        f"| mean KL | {numbers['mean_kl']:.3g} nats |\n| top-1 agreement | {numbers['top1_agreement']:.2%} |\n"
+        if numbers["mean_kl"] is not None
+        else ""
+    )
     return (
         "## Verification\n\n"
         "The base model and the converted one, as the conversion wrote it and before any training, on the same tokens "
         "(`kromhc verify` repeats it):\n\n"
         f"| compared on | {numbers['tokens']} {kind} tokens in {numbers['dtype']} |\n|---|---|\n"
-        f"| logits | {logits} |\n| mean KL | {numbers['mean_kl']:.3g} nats |\n"
-        f"| top-1 agreement | {numbers['top1_agreement']:.2%} |\n"
+        f"| {numbers.get('output') or 'logits'} | {logits} |\n{distribution}"
         f"| lossless | {'yes' if numbers['lossless'] else 'no'} |\n"
     )

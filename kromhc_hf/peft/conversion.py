@@ -12,16 +12,15 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ..applying import apply_hyper_connections, has_hyper_connections
 from ..conversion.base import BaseCheckpoint
 from ..conversion.disk import new_folder
 from ..conversion.files import ADAPTER_CONFIG, ADAPTER_TYPE, CARD, read_json
+from ..conversion.stored_model import StoredModel
 from ..inspection.recording import branches
 from ..modeling.configuration_kromhc import PREFIX
 from ..modeling.model_card import model_card
-from ..modeling.modeling_kromhc import KromHCForCausalLM
 from ..training import hyper_connection_state_dict, load_hyper_connection_state_dict
 from .config import KromHCPeftConfig
 from .layer import TENSOR_PREFIX, StreamSite
@@ -157,7 +156,7 @@ def adapter_to_checkpoint(
     config, destination = KromHCPeftConfig.from_pretrained(str(source)), Path(destination)
     tensors = model_keys(_adapter_tensors(Path(source)))
     checkpoint = BaseCheckpoint.open(named, None if base else config.revision)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto")
+    model = StoredModel.open(checkpoint.folder).load()
     plan_adapter(model, config)
     apply_hyper_connections(model, **config.stream_options().to_dict())
     load_hyper_connection_state_dict(model, tensors, source)
@@ -193,13 +192,13 @@ def checkpoint_to_adapter(
         FileExistsError: if the destination is not empty.
         ValueError: if the base is not known, or has other weights than the model.
     """
-    model = KromHCForCausalLM.from_pretrained(source, dtype="auto")
+    model = StoredModel.open(source).with_streams().load()
     origin = getattr(model.config, "hc_conversion", None) or {}
     named, revision = (base, None) if base else (origin.get("base_model"), origin.get("base_revision"))
     if not named:
         raise ValueError(f"the base of an adapter must be known; {source} does not say its own. Give it with --base.")
     own, folder = model.state_dict(), BaseCheckpoint.open(named, revision).folder
-    for name, tensor in AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict().items():
+    for name, tensor in StoredModel.open(folder).load().state_dict().items():
         if name not in own or not torch.equal(own[name], tensor):
             raise ValueError(
                 f"the base of an adapter must have the same weights as the model; {named} differs in {name!r}. "

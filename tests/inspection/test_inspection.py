@@ -226,11 +226,11 @@ def test_the_command_as_json(kromhc, checkpoints):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{base}"], "model_type must start with 'kromhc_'; got 'llama'. Convert the checkpoint first: kromhc convert"),
-        (["{after}", "--before", "{base}"], "model_type must start with 'kromhc_'"),
+        (["{base}"], "base has model_type 'llama'. Convert it first: kromhc convert"),
+        (["{after}", "--before", "{base}"], "a model with hyper-connections is needed here"),
         (["{tmp}/nothing"], "nothing"),
         (["{after}", "--text", "{tmp}/no.txt"], "No such file"),
-        (["{after}", "--text", "{tmp}/empty.txt"], "text must have at least one token"),
+        (["{after}", "--text", "{tmp}/empty.txt"], "empty.txt is empty. Leave it out for a short story"),
         (["{after}", "--text", "{tmp}/text.txt"], "text needs a tokenizer"),
         (["{after}", "--max-tokens", "0"], "Invalid value for '--max-tokens'"),
         (["{after}", "--before", "{shallow}"], "must have the same branches; got 6 (layers.0.attn_hc, ...) and 4"),

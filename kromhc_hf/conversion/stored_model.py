@@ -1,0 +1,160 @@
+"""A checkpoint as a model to run: its configuration, the class that its head asks for, and all of its tensors."""
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from ..modeling.configuration_kromhc import PREFIX, KromHCConfig
+from ..modeling.foreign_code import check_base_config
+from ..modeling.host import class_for_task, class_names_for_task
+from ..modeling.layer_fit import check_model_type
+from ..modeling.modeling_kromhc import (
+    FACES,
+    HyperConnectedModel,
+    KromHCForCausalLM,
+    KromHCForQuestionAnswering,
+    KromHCModel,
+)
+from ..modeling.remote_code import class_name
+from .base import refuse_adapter
+from .files import read_json, resolve_source
+from .stored_tensors import StoredTensors, check_tensors, quantization_of
+
+
+def family_of(config: Any) -> Any:
+    """The configuration class of the family, of a model with hyper-connections or without."""
+    return getattr(config, "backbone_config_class", type(config))
+
+
+def face_of(config: Any) -> type[HyperConnectedModel]:
+    """The task of a checkpoint, by the class that its configuration names in `architectures`.
+
+    A configuration that names none is that of a causal language model, and so is one that names a class of a
+    repository's own code `...ForCausalLM`.
+
+    Raises:
+        ValueError: if it names a class that no Auto class of transformers makes of this family.
+    """
+    names, family = getattr(config, "architectures", None) or [], family_of(config)
+    known: list[str] = []
+    for face in FACES:
+        backbone = class_for_task(face.auto_class, family)
+        plain = class_names_for_task(face.auto_class, family.model_type)
+        known += plain
+        if backbone is not None and {*plain, class_name(backbone, family)} & set(names):
+            return face
+    if not names or names[0].endswith("ForCausalLM"):
+        return KromHCForCausalLM
+    raise ValueError(
+        f"architectures in config.json must name a class of {family.model_type} that can be given hyper-connections: "
+        f"{', '.join(dict.fromkeys(known))}; got {names[0]!r}. Load the checkpoint with one of them and save it with "
+        "save_pretrained, or correct config.json."
+    )
+
+
+# What heads compute, where it is not called logits.
+OUTPUT_NAMES: dict[Any, str] = {KromHCForQuestionAnswering: "start and end logits", KromHCModel: "last hidden state"}
+
+
+def head_output(output: Any) -> Tensor:
+    """What a head computes, as one tensor."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], -1)
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint on disk that can be run; no code but that of transformers and this package ever is.
+
+    Args:
+        name: what the user calls it, a folder or Hub id.
+        folder: where it is.
+        config: its configuration.
+        face: the task of its head.
+    """
+
+    name: str
+    folder: Path
+    config: Any
+    face: type[HyperConnectedModel]
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str]) -> "StoredModel":
+        """Finds a checkpoint and reads its configuration.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is an adapter, its family is not supported, or it names code of another repository.
+        """
+        folder = resolve_source(source)
+        model_type = model_content(folder).get("model_type", "")
+        check_model_type(str(model_type).removeprefix(PREFIX))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return cls(str(source), folder, config, face_of(config))
+
+    def with_streams(self) -> "StoredModel":
+        """The same, which must have hyper-connections.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        if not isinstance(self.config, KromHCConfig):
+            raise ValueError(
+                f"a model with hyper-connections is needed here; {self.name} has model_type "
+                f"{self.config.model_type!r}. Convert it first: kromhc convert {self.name} DESTINATION."
+            )
+        return self
+
+    def skeleton(self, dtype: torch.dtype | None = None) -> Any:
+        """The model on the meta device, in eval mode; by default in the dtype of its configuration."""
+        given = {} if dtype is None else {"dtype": dtype}
+        # A copy, since the dtype is written into it.
+        with torch.device("meta"):
+            made = self.face.auto_class.from_config(copy.deepcopy(self.config), trust_remote_code=False, **given)
+        return made.eval()
+
+    def check(self) -> None:
+        """Refuses a checkpoint that does not hold the tensors of its class, see `check_tensors`."""
+        check_tensors(self.skeleton(), StoredTensors(self.folder))
+
+    def load(self, dtype: torch.dtype | str = "auto") -> Any:
+        """The model, with no parameter that is not in the checkpoint.
+
+        Raises:
+            ValueError: naming tensors that are missing, of another shape, or unknown.
+        """
+        self.check()
+        model, info = self.face.auto_class.from_pretrained(
+            self.folder, config=self.config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError(
+                f"a checkpoint must hold the tensors of its class, {type(model).__name__}; {self.folder}, which is "
+                f"quantised ({quantization_of(self.config)}), lacks {', '.join(sorted(info['missing_keys'])[:4])}. "
+                "Fetch its files again."
+            )
+        return model
+
+
+def model_content(folder: Path) -> dict[str, Any]:
+    """The content of config.json of a full model.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the folder has an adapter in it, or the file names code of another repository.
+    """
+    refuse_adapter(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"a model of transformers must have a config.json; {folder} has none. Give its folder.")
+    content = read_json(path)
+    if not str(content.get("model_type")).startswith(PREFIX):
+        check_base_config(content, path)
+    return content

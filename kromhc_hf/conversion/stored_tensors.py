@@ -1,0 +1,139 @@
+"""The tensors of a checkpoint folder, read when they are asked for, and whether they are those that a model needs."""
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from .files import find_weights, read_json
+from .tensor_files import read_pickled
+
+
+# How many tensors a message names.
+NAMED = 4
+
+
+class StoredTensors:
+    """The tensors of a checkpoint, in safetensors or `.bin` files.
+
+    Raises:
+        FileNotFoundError: if there are no weights.
+        ValueError: if a file is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        weights = find_weights(folder, read_json(folder / "config.json"))
+        self.folder = folder
+        self.files: dict[str, str] = {} if weights.pickled else weights.tensors
+        self.pickled: dict[str, Tensor] = {}
+        for file in weights.files if weights.pickled else ():
+            self.pickled.update(read_pickled(folder / file))
+        self.names = [*self.files, *self.pickled]
+
+    def read(self, names: Iterable[str]) -> dict[str, Any]:
+        """Tensors, or slices of files that are read where they are used; files stay open no longer than those."""
+        names = list(names)
+        shards = {
+            file: safe_open(self.folder / file, "pt") for file in {self.files[n] for n in names if n in self.files}
+        }
+        return {n: shards[self.files[n]].get_slice(n) if n in self.files else self.pickled[n] for n in names}
+
+    def on_meta(self) -> dict[str, Tensor]:
+        """Every tensor without its values; reads headers only."""
+        stored = self.read(self.names).items()
+        shapes = {n: value.shape if isinstance(value, Tensor) else value.get_shape() for n, value in stored}
+        return {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
+
+    def dtype(self, config: Any) -> torch.dtype | str:
+        """The dtype that the model is stored in: what its configuration says, or that of its first float tensor."""
+        if getattr(config, "dtype", None) is not None:
+            return config.dtype
+        first = (self.read([name])[name][:] for name in self.names)
+        return next((tensor.dtype for tensor in first if tensor.is_floating_point()), torch.float32)
+
+
+def quantization_of(config: Any) -> str | None:
+    """The method by which the weights of a checkpoint are quantised; None if they are stored as they are."""
+    text_config = config.get_text_config(decoder=True)
+    found = getattr(config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return str(getattr(method, "value", method))
+
+
+def check_tensors(model: Any, tensors: StoredTensors, besides: Collection[str] = ()) -> None:
+    """Refuses a checkpoint that lacks a tensor of a model, has one in another shape, or one that the model has not.
+
+    Asked is the loader of transformers itself, with tensors that have no values: it knows about tied heads, merged
+    experts, and what a family leaves out. Of a quantised checkpoint, whose tensors have other names and shapes, only
+    modules without any tensor are seen.
+
+    Args:
+        model: on the meta device, where its parameters stay.
+        tensors: the checkpoint.
+        besides: the names of tensors that the model has and the checkpoint need not have.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    stored, quantized = tensors.on_meta(), quantization_of(model.config) is not None
+    conversions: Any = get_model_conversion_mapping(model)
+    with quiet_loading():
+        info, _ = convert_and_load_state_dict_in_model(
+            model, stored, LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=conversions)
+        )
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    unexpected = set(info.unexpected_keys) | (stored.keys() & set(besides))
+    missing = set(info.missing_keys) - set(besides)
+    if quantized:
+        present = {*stored, *unexpected}
+        missing = {name for name in missing if not _has_tensor(present, name.rpartition(".")[0])}
+    problems = {"it lacks": sorted(missing)}
+    if not quantized:
+        mismatched = sorted(f"{n} {list(there)}, not {list(must)}" for n, there, must in info.mismatched_keys)
+        incomplete = sorted(info.conversion_errors)
+        problems |= {"it has in another shape": mismatched, "it has in part": incomplete}
+        problems |= {"it has beside them": sorted(unexpected)}
+    found = [f"{what} {_enumerated(names)}" for what, names in problems.items() if names]
+    if found:
+        name = getattr(model, "backbone_class", type(model)).__name__
+        drop = f", or load it with {name}.from_pretrained and save it with save_pretrained, which drops the rest"
+        raise ValueError(
+            f"a checkpoint must hold the tensors of its class, {name}; {tensors.folder} does not: {'; '.join(found)}. "
+            "Fetch its files again, or correct the class that config.json names in architectures"
+            f"{drop * (len(found) == 1 and bool(unexpected) and not quantized)}."
+        )
+
+
+def _has_tensor(names: Iterable[str], module: str) -> bool:
+    # Heads add the name of the base model in front of its modules, or leave it out.
+    return any(f".{name}".find(f".{module}.") >= 0 or f"{module}.".endswith(f".{name}.") for name in names)
+
+
+def _enumerated(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+    return ", ".join(names[:NAMED]) + more
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the bar and the report of transformers: what it finds comes as an error."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
