@@ -49,6 +49,10 @@ app = typer.Typer(
 output, messages = PipedConsole(), PipedConsole(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Subfolder = Annotated[str, typer.Option(help="Where the base is in its folder or repository.")]
+WeightVariant = Annotated[
+    str | None, typer.Option(help="Which set of weights of the base: fp16 for model.fp16.safetensors.")
+]
 Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 
 
@@ -59,6 +63,8 @@ def convert(
     source: Annotated[str, typer.Argument(help="Folder of the base checkpoint, or its Hub id.")],
     destination: Annotated[Path, typer.Argument(help="Folder to make; must not exist or be empty.")],
     revision: Annotated[str | None, typer.Option(help="Revision of the Hub repository.")] = None,
+    subfolder: Subfolder = "",
+    weight_variant: WeightVariant = None,
     link: Annotated[str, typer.Option(help=f"How the weight files are taken over: {', '.join(LINKS)}.")] = "copy",
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for the model card.")] = None,
     push_to: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository, USER/NAME.")] = None,
@@ -87,6 +93,8 @@ def convert(
             source,
             destination,
             revision=revision,
+            subfolder=subfolder,
+            weight_variant=weight_variant,
             link=link,
             base_model=base_model,
             verify=verify,
@@ -140,6 +148,8 @@ def verify(
         str | None,
         typer.Option(help="Load one layer at a time, for models larger than memory: all, or a slice such as 8:12."),
     ] = None,
+    subfolder: Subfolder = "",
+    weight_variant: WeightVariant = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a base model and its converted form on the same tokens; exit 1 if a lossless init is not lossless."""
@@ -148,7 +158,14 @@ def verify(
     sample = read_text(text)
     with messages.status("running both models on the same tokens"):
         report = verify_conversion(
-            base, converted, text=sample, max_tokens=max_tokens, dtype=dtype, layers=parse_layers(layers)
+            base,
+            converted,
+            text=sample,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            layers=parse_layers(layers),
+            subfolder=subfolder,
+            weight_variant=weight_variant,
         )
     _finish(report, as_json)
 

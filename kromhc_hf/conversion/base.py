@@ -22,11 +22,14 @@ from .files import (
     Weights,
     check_shard,
     companion_files,
+    file_names,
     find_weights,
     read_json,
     resolve_source,
+    with_weight_variant,
     write_json,
 )
+from .other_weights import instead_of_weights
 from .tensor_files import rewrite_as_safetensors, safetensors_name
 
 
@@ -47,16 +50,24 @@ class BaseCheckpoint:
         origin: what is known about it: `base_model` and `base_revision` if it is on the Hub, its `license` fields.
         weights: its weight files and the tensors in them.
         fingerprints: of every file that a conversion uses, before the first was read; None for one that came later.
+        weight_variant: which set of weights, where the folder has several.
     """
 
     folder: Path
     origin: dict[str, Any]
     weights: Weights
     fingerprints: dict[Path, Fingerprint | None]
+    weight_variant: str | None = None
 
     @classmethod
     def open(
-        cls, source: str | os.PathLike[str], revision: str | None = None, base_model: str | None = None
+        cls,
+        source: str | os.PathLike[str],
+        revision: str | None = None,
+        base_model: str | None = None,
+        *,
+        subfolder: str = "",
+        weight_variant: str | None = None,
     ) -> "BaseCheckpoint":
         """Finds a checkpoint and checks everything that can be seen without reading a tensor.
 
@@ -64,18 +75,23 @@ class BaseCheckpoint:
             source: its folder or Hub id.
             revision: of the Hub repository.
             base_model: its Hub id, where the folder does not tell.
+            subfolder: where it is in the folder or repository.
+            weight_variant: which set of weights, what transformers calls `variant`.
 
         Raises:
             FileNotFoundError: if there is no such checkpoint, or it has no weights.
             ValueError: if it is damaged, converted already, an adapter, or names code of another repository; or if
                 `base_model` is not a Hub id.
         """
-        folder = resolve_source(source, revision)
+        folder = resolve_source(source, revision, subfolder)
         present = [*(path for path in folder.iterdir() if path.is_file()), *companion_files(folder)]
         before = {path: _fingerprint(path) for path in present}
-        weights = find_weights(folder, _checked_config(folder))
+        weights = find_weights(folder, _checked_config(folder), weight_variant)
         used = [folder / "config.json", *(folder / file for file in weights.files), *companion_files(folder)]
-        return cls(folder, _origin(folder, base_model), weights, {path: before.get(path) for path in used})
+        # Named as the base is only a repository that gives this model without further words.
+        plain = not subfolder and weight_variant is None
+        origin = _origin(folder, base_model) if plain or base_model else _license(folder)
+        return cls(folder, origin, weights, {path: before.get(path) for path in used}, weight_variant)
 
     def bring_into(self, target: Path, link: str, progress: Callable[[int, int], None]) -> dict[str, str]:
         """Brings weights and companions into a folder; returns which file there holds which tensor.
@@ -111,7 +127,8 @@ class BaseCheckpoint:
         for file in self.weights.files:
             if self.weights.pickled:
                 held = rewrite_as_safetensors(self.folder / file, target / safetensors_name(file), advance)
-                check_shard(self.folder / PICKLED_INDEX, self.weights.tensors, file, held)
+                index = self.folder / with_weight_variant(PICKLED_INDEX, self.weight_variant)
+                check_shard(index, self.weights.tensors, file, held)
                 tensors.update(dict.fromkeys(held, safetensors_name(file)))
             else:
                 bring_file(self.folder / file, target / file, link, advance)
@@ -159,9 +176,11 @@ def _fingerprint(path: Path) -> Fingerprint:
 
 def _checked_config(folder: Path) -> dict[str, Any]:
     """The content of config.json, which must be that of a full model without hyper-connections."""
+    refuse_adapter(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"source must be a checkpoint of transformers; {folder} has no config.json.")
+        instead = instead_of_weights(file_names(folder))
+        raise FileNotFoundError(f"source must be a checkpoint of transformers; {folder} has no config.json{instead}")
     content = read_json(path)
     model_type = content.get("model_type", "")
     if model_type.startswith(PREFIX):
@@ -169,7 +188,6 @@ def _checked_config(folder: Path) -> dict[str, Any]:
             f"source must be a checkpoint without hyper-connections; {folder} has been converted already "
             f"(model_type {model_type!r}). Convert its base model instead."
         )
-    refuse_adapter(folder)
     check_base_config(content, path)
     return content
 
@@ -199,8 +217,12 @@ def _origin(folder: Path, base_model: str | None) -> dict[str, Any]:
         origin = {"base_model": in_cache["id"].replace("--", "/"), "base_revision": snapshot.name}
     if base_model is not None and base_model != origin.get("base_model"):
         origin = {"base_model": base_model}
+    return {**origin, **_license(folder)}
+
+
+def _license(folder: Path) -> dict[str, Any]:
     license = {name: value for name, value in _card_metadata(folder).items() if name in LICENSE_FIELDS and value}
-    return {**origin, "license": license} if license else origin
+    return {"license": license} if license else {}
 
 
 def _card_metadata(folder: Path) -> dict[str, Any]:

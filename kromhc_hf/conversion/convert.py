@@ -19,7 +19,7 @@ from .disk import check_link, new_folder
 from .files import CARD, WEIGHTS, WEIGHTS_INDEX, write_json
 from .report import ConversionReport
 from .stored_model import StoredModel
-from .stored_tensors import StoredTensors, check_tensors
+from .stored_tensors import check_tensors
 from .tensor_files import TensorForm, write_safetensors
 from .verification import verify_conversion
 
@@ -50,6 +50,8 @@ def convert_checkpoint(
     destination: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    subfolder: str = "",
+    weight_variant: str | None = None,
     link: str = "copy",
     base_model: str | None = None,
     verify: bool = False,
@@ -67,6 +69,8 @@ def convert_checkpoint(
         source: folder of the base checkpoint, or its Hub id.
         destination: folder to make; must not exist or be empty.
         revision: of the Hub repository.
+        subfolder: where the base is in the source.
+        weight_variant: which set of weights of the base, what transformers calls `variant`, such as "fp16".
         link: how the base's weight files get into the destination: "copy"; "hardlink" or "symlink", which take no
             space and no time; or "reflink-if-possible", a copy that shares its blocks where the file system can.
         base_model: Hub id of the base for the model card, where the source is a folder that does not tell.
@@ -83,14 +87,14 @@ def convert_checkpoint(
     """
     check_link(link)
     chosen = StreamOptions(**given_options((), options))
-    base, destination = BaseCheckpoint.open(source, revision, base_model), Path(destination)
-    stored = StoredModel.open(base.folder)
+    base = BaseCheckpoint.open(source, revision, base_model, subfolder=subfolder, weight_variant=weight_variant)
+    stored, destination = StoredModel.open(base.folder, weight_variant=weight_variant), Path(destination)
     config: Any = KromHCConfig(backbone_config=stored.config, **chosen.as_fields())
     model = replace(stored, config=config).skeleton()
     config.architectures = [type(model).__name__]
     config.hc_conversion = base.origin
     added = added_tensors(model)
-    check_tensors(model, StoredTensors(base.folder), besides=added)
+    check_tensors(model, stored.tensors(), besides=added)
     with new_folder(destination) as target:
         base_files = base.bring_into(target, link, progress)
         if added:
@@ -112,7 +116,7 @@ def convert_checkpoint(
             added_bytes=sum(form.nbytes for form in added.values()),
         )
         if verify:
-            report = verify_conversion(base.folder, target, report=report)
+            report = verify_conversion(base.folder, target, weight_variant=weight_variant, report=report)
             numbers = {number: getattr(report, number) for number in VERIFICATION}
             config.hc_conversion = {**base.origin, "verification": numbers}
             config.to_json_file(target / "config.json")

@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from ..modeling.model_card import MARK
+from .other_weights import instead_of_weights
 
 
 WEIGHTS = "model.safetensors"
@@ -22,6 +24,7 @@ CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 # How PEFT calls adapters of hyper-connections.
 ADAPTER_TYPE = "KROMHC"
+INDEX = re.compile(r".*\.index(\..+)?\.json")
 COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe")
 COMPANION_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
 COMPANION_FOLDERS = ("additional_chat_templates",)
@@ -40,37 +43,62 @@ def refuse_revision(path: Path, revision: str | None) -> None:
         )
 
 
-def resolve_source(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `source` itself if it is one, else the downloaded snapshot of that Hub id.
+def resolve_source(source: str | os.PathLike[str], revision: str | None = None, subfolder: str = "") -> Path:
+    """The folder of a checkpoint: inside `source` if that is a folder, else in the downloaded snapshot of that Hub id.
 
     Raises:
-        FileNotFoundError: if it is neither a folder nor a repository that can be read.
-        ValueError: if a folder is asked for a revision.
+        FileNotFoundError: if it is neither a folder nor a repository that can be read, or has no such subfolder.
+        ValueError: if a folder is asked for a revision, or the subfolder would lead out of it.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        refuse_revision(folder, revision)
-        return folder
-    if folder.exists():
-        raise FileNotFoundError(f"source must be a folder or a Hub id; got the file {folder}. Give its folder.")
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise ValueError(f"subfolder must be a path inside the source; got {subfolder!r}.")
+    root, subfolder = Path(source), Path(subfolder).as_posix()
+    if root.is_file():
+        raise FileNotFoundError(f"source must be a folder or a Hub id; got the file {root}. Give its folder.")
+    if not root.is_dir():
+        return _download(str(source), revision, subfolder)
+    refuse_revision(root, revision)
+    if not (root / subfolder).is_dir():
+        raise _no_subfolder(source, subfolder, file_names(root))
+    return root / subfolder
+
+
+def _download(repo_id: str, revision: str | None, subfolder: str) -> Path:
+    """The part of a snapshot that a conversion uses."""
+    inside = "" if subfolder == "." else f"{subfolder}/"
+    patterns = [f"{inside}*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES)]
+    patterns += [f"{prefix}*" for prefix in (*COMPANION_PREFIXES, CARD)]
     try:
-        return _download(str(source), revision)
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        if not any((folder / subfolder).glob("*.safetensors")):
+            # From one state of the repository, whatever is pushed to it meanwhile.
+            patterns.append(f"{inside}pytorch_model*.bin")
+            folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=patterns))
+        present = {path.suffix for path in (folder / subfolder).glob("*")}
+        if present & {".safetensors", ".bin"} or (folder / subfolder / ADAPTER_CONFIG).exists():
+            return folder / subfolder
+        names = HfApi().list_repo_files(repo_id, revision=folder.name)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"source must be an existing folder or a Hub id that can be read; got {str(source)!r} ({reason}). "
+            f"source must be an existing folder or a Hub id that can be read; got {repo_id!r} ({reason}). "
             "Check the path, or the id and your network and token."
         ) from error
+    there = [name.removeprefix(inside) for name in names if name.startswith(inside)]
+    if not there and inside:
+        raise _no_subfolder(repo_id, subfolder, names)
+    raise FileNotFoundError(f"source must hold safetensors weights; {repo_id} has none{instead_of_weights(there)}")
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
-    patterns = [f"*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES)]
-    patterns += [f"{prefix}*" for prefix in (*COMPANION_PREFIXES, CARD)]
-    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    if any(folder.glob("*.safetensors")):
-        return folder
-    # From one state of the repository, whatever is pushed to it meanwhile.
-    return Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+def _no_subfolder(source: str | os.PathLike[str], subfolder: str, names: Iterable[str]) -> FileNotFoundError:
+    folders = [name.removesuffix("/config.json") for name in names if name.endswith("/config.json")]
+    there = f"there are {', '.join(folders)}" if folders else "no folder in it has a config.json"
+    return FileNotFoundError(f"subfolder must be one of {source}; got {subfolder!r}, and {there}.")
+
+
+def file_names(folder: Path) -> list[str]:
+    """The files in a folder and in the folders in it, by their path there."""
+    return sorted(path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*")))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,29 +131,42 @@ class Weights(NamedTuple):
     pickled: bool
 
 
-def find_weights(folder: Path, config: dict[str, Any]) -> Weights:
+def with_weight_variant(name: str, weight_variant: str | None) -> str:
+    """`model.fp16.safetensors`, `model.safetensors.index.fp16.json`: the name that transformers gives a variant."""
+    stem, _, suffix = name.rpartition(".")
+    return name if weight_variant is None else f"{stem}.{weight_variant}.{suffix}"
+
+
+def find_weights(folder: Path, config: dict[str, Any], weight_variant: str | None = None) -> Weights:
     """The weights of a checkpoint: the files that its config.json names, else safetensors, else `.bin` files.
 
     Every safetensors file is checked to be complete, and an index to agree with the headers of the files it names.
+
+    Args:
+        folder: of the checkpoint.
+        config: the content of its config.json.
+        weight_variant: which of several sets of weights, what transformers calls `variant`, such as "fp16".
 
     Raises:
         FileNotFoundError: if the folder has no weights, or not all that its index names.
         ValueError: if a file is damaged, or does not hold what the index says.
     """
     named = config.get("transformers_weights")
-    name = named or next((name for name in WEIGHT_FILES if (folder / name).is_file()), WEIGHTS_INDEX)
+    single, index, single_pickled, index_pickled = (with_weight_variant(name, weight_variant) for name in WEIGHT_FILES)
+    searched = (single, index, single_pickled, index_pickled)
+    name = named or next((name for name in searched if (folder / name).is_file()), index)
     if Path(name).name != name:
         raise ValueError(
             f"transformers_weights must name a file inside the checkpoint; got {name!r}. Correct config.json."
         )
     if not (folder / name).is_file():
         raise FileNotFoundError(
-            f"source must hold safetensors weights ({WEIGHTS} or {WEIGHTS_INDEX}), or older ones ({PICKLED_WEIGHTS} or "
-            f"{PICKLED_INDEX}); {folder} has no {name}. Save the model with save_pretrained first."
+            f"source must hold safetensors weights ({single} or {index}), or older ones ({single_pickled} or "
+            f"{index_pickled}); {folder} has no {name}{instead_of_weights(file_names(folder))}"
         )
     # transformers reads no .bin file that is named in config.json.
-    pickled = not named and name in (PICKLED_WEIGHTS, PICKLED_INDEX)
-    if not name.endswith(".index.json"):
+    pickled = not named and name in (single_pickled, index_pickled)
+    if not INDEX.fullmatch(name):
         return Weights([name], {} if pickled else dict.fromkeys(tensor_names(folder / name), name), pickled)
     indexed = read_index(folder / name)
     files = sorted(set(indexed.values()))
@@ -186,7 +227,7 @@ def companion_files(folder: Path) -> list[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name in COMPANION_FOLDERS:
             found += sorted(file for file in path.rglob("*") if file.is_file())
-        elif path.is_file() and not path.name.endswith(".index.json") and path.name != "config.json":
+        elif path.is_file() and not INDEX.fullmatch(path.name) and path.name != "config.json":
             if path.suffix in COMPANION_SUFFIXES or path.name.startswith(COMPANION_PREFIXES):
                 found.append(path)
     return found

@@ -18,7 +18,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.stream_ends import mean_of_streams
 from .stored_model import StoredModel, head_output
-from .stored_tensors import StoredTensors, quantization_of
+from .stored_tensors import quantization_of
 
 
 class LayerwiseModel:
@@ -41,7 +41,7 @@ class LayerwiseModel:
                 "out (kromhc verify without --layers)."
             )
         stored.check()
-        self.source = StoredTensors(stored.folder)
+        self.source = stored.tensors()
         chosen = self.source.dtype(stored.config) if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
         self.model = stored.skeleton(self.dtype)

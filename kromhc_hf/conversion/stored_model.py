@@ -78,26 +78,30 @@ class StoredModel:
         folder: where it is.
         config: its configuration.
         face: the task of its head.
+        weight_variant: which set of weights, where the folder has several.
     """
 
     name: str
     folder: Path
     config: Any
     face: type[HyperConnectedModel]
+    weight_variant: str | None = None
 
     @classmethod
-    def open(cls, source: str | os.PathLike[str]) -> "StoredModel":
+    def open(
+        cls, source: str | os.PathLike[str], *, subfolder: str = "", weight_variant: str | None = None
+    ) -> "StoredModel":
         """Finds a checkpoint and reads its configuration.
 
         Raises:
             FileNotFoundError: if there is none.
             ValueError: if it is an adapter, its family is not supported, or it names code of another repository.
         """
-        folder = resolve_source(source)
+        folder = resolve_source(source, subfolder=subfolder)
         model_type = model_content(folder).get("model_type", "")
         check_model_type(str(model_type).removeprefix(PREFIX))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return cls(str(source), folder, config, face_of(config))
+        return cls(str(source), folder, config, face_of(config), weight_variant)
 
     def with_streams(self) -> "StoredModel":
         """The same, which must have hyper-connections.
@@ -120,9 +124,13 @@ class StoredModel:
             made = self.face.auto_class.from_config(copy.deepcopy(self.config), trust_remote_code=False, **given)
         return made.eval()
 
+    def tensors(self) -> StoredTensors:
+        """What is on disk."""
+        return StoredTensors(self.folder, self.weight_variant)
+
     def check(self) -> None:
         """Refuses a checkpoint that does not hold the tensors of its class, see `check_tensors`."""
-        check_tensors(self.skeleton(), StoredTensors(self.folder))
+        check_tensors(self.skeleton(), self.tensors())
 
     def load(self, dtype: torch.dtype | str = "auto") -> Any:
         """The model, with no parameter that is not in the checkpoint.
@@ -132,7 +140,12 @@ class StoredModel:
         """
         self.check()
         model, info = self.face.auto_class.from_pretrained(
-            self.folder, config=self.config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            self.folder,
+            config=self.config,
+            variant=self.weight_variant,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         if info["missing_keys"]:
             raise ValueError(

@@ -24,13 +24,17 @@ NAMED = 4
 class StoredTensors:
     """The tensors of a checkpoint, in safetensors or `.bin` files.
 
+    Args:
+        folder: of the checkpoint.
+        weight_variant: which set of weights, where it has several.
+
     Raises:
         FileNotFoundError: if there are no weights.
         ValueError: if a file is damaged.
     """
 
-    def __init__(self, folder: Path):
-        weights = find_weights(folder, read_json(folder / "config.json"))
+    def __init__(self, folder: Path, weight_variant: str | None = None):
+        weights = find_weights(folder, read_json(folder / "config.json"), weight_variant)
         self.folder = folder
         self.files: dict[str, str] = {} if weights.pickled else weights.tensors
         self.pickled: dict[str, Tensor] = {}

@@ -17,7 +17,6 @@ from .layerwise import LayerwiseModel
 from .report import ConversionReport
 from .sample_text import sample_tokens
 from .stored_model import OUTPUT_NAMES, StoredModel, family_of, head_output
-from .stored_tensors import StoredTensors
 
 
 # In fp32 sums of the same terms in another order differ in the last bits; in half precision nothing may differ.
@@ -34,6 +33,8 @@ def verify_conversion(
     new_tokens: int = 32,
     dtype: torch.dtype | str = "auto",
     layers: str | Sequence[int] | None = None,
+    subfolder: str = "",
+    weight_variant: str | None = None,
     report: ConversionReport | None = None,
 ) -> ConversionReport:
     """Runs a base model and its converted form on the same tokens and compares what their heads compute.
@@ -50,6 +51,8 @@ def verify_conversion(
         dtype: to load both in; "auto" is the one they are stored in.
         layers: "all" to compare layer by layer, or the positions of some layers, such as `range(8, 12)`, which are then
             run on the embeddings as if there were no others. None runs the whole models in memory.
+        subfolder: where the base is in its folder or repository.
+        weight_variant: which set of weights of the base, what transformers calls `variant`.
         report: a report to complete, as the conversion wrote it.
 
     Raises:
@@ -58,7 +61,8 @@ def verify_conversion(
             layers.
         OSError: if one of the two cannot be loaded.
     """
-    first, second = StoredModel.open(base), StoredModel.open(converted)
+    first = StoredModel.open(base, subfolder=subfolder, weight_variant=weight_variant)
+    second = StoredModel.open(converted)
     wanted = None if layers is None else _positions(layers, first.config.num_hidden_layers)
     _check_pair(first, second)
     context = getattr(first.config, "max_position_embeddings", None) or max_tokens
@@ -168,7 +172,7 @@ def _report(base: StoredModel, converted: StoredModel) -> ConversionReport:
         base.name,
         converted.name,
         converted.config,
-        base_tensors=len(StoredTensors(base.folder).names),
+        base_tensors=len(base.tensors().names),
         added_parameters=sum(tensor.numel() for tensor in added),
         added_bytes=sum(tensor.nbytes for tensor in added),
     )

@@ -1,0 +1,52 @@
+"""What a checkpoint without weights that can be converted has instead, and the way from there."""
+
+import re
+from collections.abc import Iterable
+
+
+# `model.fp16.safetensors`, `model.safetensors.index.fp16.json`, `pytorch_model.fp16.bin`.
+VARIANT = re.compile(r"(?:pytorch_)?model(?:\.(?:safetensors|bin)\.index)?\.([^.]+)\.(?:safetensors|bin|json)")
+SAVE = "Save the model with save_pretrained where it can be loaded"
+# By the end of a file name.
+FORMATS = {
+    ".gguf": (
+        "GGUF weights",
+        "Load them with AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={name!r}), which dequantises them, and "
+        "save the model with save_pretrained",
+    ),
+    ".safetensors": ("a name by which transformers reads no weights", SAVE),
+    ".bin": ("a name by which transformers reads no weights", SAVE),
+    ".h5": ("TensorFlow weights", SAVE),
+    ".msgpack": ("Flax weights", SAVE),
+    ".onnx": ("an ONNX graph", SAVE),
+    ".pth": ("a pickled file", SAVE),
+    ".pt": ("a pickled file", SAVE),
+    ".ckpt": ("a pickled file", SAVE),
+}
+
+
+def instead_of_weights(names: Iterable[str]) -> str:
+    """The end of a message that the weights are missing.
+
+    Args:
+        names: the files of the checkpoint, by their path in it.
+    """
+    names = sorted(names)
+    # Without names there is one `index` among the variants: model.safetensors.index.json is no variant.
+    variants = {found[1] for name in names if (found := VARIANT.fullmatch(name))} - {"index"}
+    if variants:
+        one = min(variants)
+        return (
+            f" but the variant {', '.join(sorted(variants))}. Take it: weight_variant={one!r}, --weight-variant {one}."
+        )
+    for suffix, (what, way_out) in FORMATS.items():
+        found_names = [name for name in names if name.endswith(suffix) and "/" not in name]
+        if found_names:
+            return f" but {found_names[0]} ({what}). {way_out.format(name=found_names[0])}."
+    folders = [
+        name.removesuffix("/config.json") for name in names if name.count("/") == 1 and name.endswith("/config.json")
+    ]
+    if folders:
+        one = folders[0]
+        return f" but there is a checkpoint in {', '.join(folders)}. Take it: subfolder={one!r}, --subfolder {one}."
+    return f". {SAVE.replace('where it can be loaded', 'first')}."
