@@ -9,7 +9,7 @@ import torch
 from support.tiny import configurations, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kromhc_hf import supported_model_types
+from kromhc_hf import supported_model_types, verify_conversion
 from kromhc_hf.modeling.options import StreamOptions
 
 
@@ -120,6 +120,10 @@ def test_an_init_without_promise_exits_with_0(kromhc, base, tmp_path):
         (["verify", "{base}", "{tmp}/nothing"], "nothing"),
         (["verify", "{base}", "{base}", "--dtype", "int8"], "dtype must be auto, float32, bfloat16 or float16"),
         (["verify", "{base}", "{base}", "--text", "{tmp}/no.txt"], "No such file"),
+        (["inspect", "{base}", "--text", "{tmp}"], "cannot be read (Is a directory)"),
+        (["inspect", "{tmp}"], "must have a config.json"),
+        (["push", "{tmp}", "ada/model"], "must have a config.json"),
+        (["convert", "{base}", "{base}/config.json"], "config.json is a file"),
         (["translate"], "No such command 'translate'"),
     ],
     ids=lambda value: value[0] + "-" + value[-1].replace("{tmp}/", "") if isinstance(value, list) else "",
@@ -168,3 +172,92 @@ def test_installed_command():
     result = subprocess.run([sys.executable, "-m", "kromhc_hf.cli", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("convert", "verify", "demo"))
+
+
+def test_unrelated_models_are_not_compared(kromhc, base, tmp_path):
+    kromhc("convert", base, tmp_path / "out", "--no-verify")
+    config = configurations("llama")[0]
+    for name, other, message in [
+        ("mistral", configurations("mistral")[0], "the one is 'llama', the other 'mistral'"),
+        ("letters", type(config)(**{**config.to_dict(), "vocab_size": 50}), "the one has 99 tokens in its vocabulary"),
+        ("deep", type(config)(**{**config.to_dict(), "num_hidden_layers": 4}), "model.layers.3"),
+        (
+            "wide",
+            type(config)(**{**config.to_dict(), "intermediate_size": 64}),
+            "shape (48, 32) in the one and (64, 32)",
+        ),
+    ]:
+        make_model(other).save_pretrained(tmp_path / name)
+        for layers in ([], ["--layers", "0:2"]):
+            code, out, err = kromhc("verify", tmp_path / name, tmp_path / "out", *layers)
+            assert (code, out) == (2, "")
+            assert "must be a converted form of" in err
+            assert message in err
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\t", b"\xff\xfe"], ids=["nothing", "blank", "no-utf8"])
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_text_without_text(kromhc, base, tmp_path, command, content):
+    kromhc("convert", base, tmp_path / "out", "--no-verify")
+    (tmp_path / "sample.txt").write_bytes(content)
+    folders = [base, tmp_path / "out"][command == "inspect" :]
+    code, out, err = kromhc(command, *folders, "--text", tmp_path / "sample.txt")
+    assert (code, out) == (2, "")
+    assert "--text must name a file" in err
+    assert str(tmp_path / "sample.txt") in err
+    with pytest.raises(ValueError, match="text must have at least one token"):
+        verify_conversion(base, tmp_path / "out", text=" ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RuntimeError("two\nlines"), 2, "error: RuntimeError: two lines (KROMHC_TRACEBACK=1 shows"),
+        (KeyError("a"), 2, "error: KeyError: 'a' ("),
+        (EOFError(), 2, "error: EOFError (KROMHC_TRACEBACK=1"),
+        (ValueError("rule; value."), 2, "error: rule; value.\n"),
+        (OSError(28, "No space left on device", "/x"), 2, "error: No space left on device: /x\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=repr,
+)
+def test_no_exception_is_a_traceback(kromhc, monkeypatch, error, code, message):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("kromhc_hf.cli.families_table", fail)
+    found, out, err = kromhc("families")
+    assert (found, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    if isinstance(error, RuntimeError):
+        monkeypatch.setenv("KROMHC_TRACEBACK", "1")
+        found, _, err = kromhc("families")
+        assert found == code
+        assert "Traceback" in err
+
+
+@pytest.mark.parametrize("arguments", [["families"], ["families", "--json"]], ids=" ".join)
+def test_a_reader_that_goes_away_is_no_failed_check(arguments):
+    command = [sys.executable, "-m", "kromhc_hf.cli", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait() == 141
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("command", ["convert", "verify", "inspect"])
+def test_code_of_a_repository_is_never_offered(kromhc, base, tmp_path, monkeypatch, command):
+    content = json.loads((base / "config.json").read_text())
+    maps = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (base / "config.json").write_text(json.dumps({**content, "model_type": "own_llama", "auto_map": maps}))
+    (base / "own.py").write_text("raise SystemExit(7)")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    code, out, err = kromhc(
+        command, base, *([tmp_path / "out"] * (command == "convert")), *([base] * (command == "verify"))
+    )
+    assert (code, out) == (2, "")
+    assert "model_type must be one of the supported families" in err
+    assert "trust_remote_code" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -15,7 +15,7 @@ from ..modeling.options import StreamKeywords, StreamOptions, given_options, sho
 from ..modeling.remote_code import take_code_along
 from ..modeling.stream_module import StreamModule
 from .base import BaseCheckpoint
-from .disk import check_link, new_folder
+from .disk import check_link, new_folder, real_path
 from .files import CARD, WEIGHTS, WEIGHTS_INDEX, write_json
 from .report import ConversionReport
 from .stored_model import StoredModel
@@ -120,7 +120,7 @@ def convert_checkpoint(
             numbers = {number: getattr(report, number) for number in VERIFICATION}
             config.hc_conversion = {**base.origin, "verification": numbers}
             config.to_json_file(target / "config.json")
-        (target / CARD).write_text(model_card(config, destination.name), encoding="utf-8")
+        (target / CARD).write_text(model_card(config, real_path(destination).name), encoding="utf-8")
         base.check_unchanged()
     return report
 

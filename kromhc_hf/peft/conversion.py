@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..applying import apply_hyper_connections, has_hyper_connections
 from ..conversion.base import BaseCheckpoint
-from ..conversion.disk import new_folder
+from ..conversion.disk import new_folder, real_path
 from ..conversion.files import ADAPTER_CONFIG, ADAPTER_TYPE, CARD, read_json
 from ..conversion.stored_model import StoredModel
 from ..inspection.recording import branches
@@ -164,7 +164,7 @@ def adapter_to_checkpoint(
     with new_folder(destination) as target:
         model.save_pretrained(target)
         checkpoint.bring_companions(target)
-        (target / CARD).write_text(model_card(model.config, destination.name), encoding="utf-8")
+        (target / CARD).write_text(model_card(model.config, real_path(destination).name), encoding="utf-8")
 
 
 def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
