@@ -25,6 +25,10 @@ PREFIX = "kromhc_"
 
 # The options in a configuration, where the family's own fields stand beside them.
 FIELDS = {f"hc_{name}": option for name, option in OPTIONS.items()}
+# What a conversion writes down about the base.
+ORIGIN = "hc_conversion"
+# Keywords of the Auto classes about code in the repository.
+CODE_KEYWORDS = ("trust_remote_code", "code_revision")
 
 
 class KromHCConfig(Shareable):
@@ -62,25 +66,50 @@ class KromHCConfig(Shareable):
         """
         if cls is not KromHCConfig:
             check_own_config(config_dict)
+            for key in kwargs:
+                if key.startswith("hc_") and key not in config_dict:
+                    cls.check_field(key)
             restored = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
             # Overrides among the keyword arguments are set after construction.
             (restored[0] if isinstance(restored, tuple) else restored).validate_hyper_connections()
             return restored
-        model_type = config_dict.get("model_type", "")
-        if not model_type.startswith(PREFIX):
-            raise ValueError(
-                f"model_type must start with {PREFIX!r}; got {model_type!r}. "
-                "Convert the checkpoint first: kromhc convert SOURCE DESTINATION."
-            )
-        return config_class(model_type.removeprefix(PREFIX)).from_dict(config_dict, **kwargs)
+        return config_class(_backbone_type(config_dict)).from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Loads `config.json` from a folder or the Hub."""
-        if cls is not KromHCConfig:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        config_dict, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return cls.from_dict(config_dict, **kwargs)
+        """Loads `config.json` from a folder or the Hub; takes what `AutoConfig.from_pretrained` takes."""
+        # These say whether to run code of the repository, which nothing does here.
+        kwargs = {name: value for name, value in kwargs.items() if name not in CODE_KEYWORDS}
+        family = cls if cls is not KromHCConfig else cls.type_in(pretrained_model_name_or_path, **kwargs)
+        return super(KromHCConfig, family).from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def type_in(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> type["KromHCConfig"]:
+        """The class of the configuration in a folder or on the Hub, which is not made.
+
+        Args:
+            pretrained_model_name_or_path: the folder, file or Hub id.
+            **kwargs: of `from_pretrained`; those of the Hub are used.
+
+        Raises:
+            ValueError: if it is the configuration of a model without hyper-connections, or of an unknown family.
+            OSError: if there is none.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if name not in CODE_KEYWORDS}
+        config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            raise FileNotFoundError(f"{pretrained_model_name_or_path} must hold a config.json; it does not.")
+        return config_class(_backbone_type(config_dict))
+
+    @classmethod
+    def check_field(cls, key: str) -> None:
+        """Refuses a keyword that looks like an option of hyper-connections and is none.
+
+        Raises:
+            ValueError: naming the options.
+        """
+        if not (key in FIELDS or key == ORIGIN or hasattr(cls.backbone_config_class, key)):
+            raise ValueError(f"{key} is not a field of {cls.__name__}; the fields are {', '.join(FIELDS)}.")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Writes `config.json` and the code files that load it, and its models, where this package is not installed."""
@@ -118,6 +147,36 @@ class KromHCConfig(Shareable):
 KromHCConfig.__doc__ = documented(KromHCConfig.__doc__, FIELDS)
 
 
+def _backbone_type(config_dict: dict[str, Any]) -> str:
+    """The model type of the base in the content of a config.json.
+
+    Raises:
+        ValueError: if it is not that of a model with hyper-connections.
+    """
+    model_type = config_dict.get("model_type", "")
+    if not model_type.startswith(PREFIX):
+        raise ValueError(
+            f"model_type must start with {PREFIX!r}; got {model_type!r}. "
+            "Convert the checkpoint first: kromhc convert SOURCE DESTINATION."
+        )
+    return model_type.removeprefix(PREFIX)
+
+
+def _check_names_are_free(backbone_config: PreTrainedConfig) -> None:
+    """Refuses the configuration of a base that has a field of its own by the name of one of ours.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    for name in (*FIELDS, ORIGIN):
+        if name in vars(backbone_config):
+            raise ValueError(
+                f"the configuration of the base must have no field {name}, where that of the hyper-connections goes; "
+                f"got {name}={getattr(backbone_config, name)!r} in a {type(backbone_config).__name__}, which would be "
+                "lost. Remove the field or rename it."
+            )
+
+
 def _recast(config: Any, target: type) -> Any:
     """A deep copy of `config` as an instance of `target`; private state such as the attention choice comes along."""
     recast = copy.deepcopy(config)
@@ -128,7 +187,7 @@ def _recast(config: Any, target: type) -> Any:
         else:
             vars(recast).pop(name, None)
     # These describe a file that was read or its repository, not the model.
-    for name in ("auto_map", "custom_pipelines", "transformers_weights", "hc_conversion"):
+    for name in ("auto_map", "custom_pipelines", "transformers_weights", ORIGIN):
         vars(recast).pop(name, None)
     vars(recast).pop("model_type", None)  # reading a file leaves one on the instance, and it would hide the class's
     recast.architectures = None
@@ -168,12 +227,13 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
     generated_init = cls.__init__
 
     def __init__(self: Any, *, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
-        for key in kwargs:
-            known = key in FIELDS or key == "hc_conversion" or hasattr(backbone_class, key)
-            if key.startswith("hc_") and not known:
-                raise ValueError(f"{key} is not a field of {name}; the fields are {', '.join(FIELDS)}.")
-            # A file may hold any key, whoever writes code means ours.
-            if f"hc_{key}" in FIELDS and backbone_config is not None and not known:
+        # A file names its model type, and may hold any key: other models call theirs hc_ too, and what a base has of
+        # them is kept. Whoever writes code means ours.
+        for key in () if "model_type" in kwargs else kwargs:
+            theirs = hasattr(backbone_config, key)
+            if key.startswith("hc_") and not theirs:
+                self.check_field(key)
+            if f"hc_{key}" in FIELDS and backbone_config is not None and not theirs:
                 raise ValueError(f"{key} must be given as hc_{key} in a configuration.")
         if backbone_config is None:
             generated_init(self, **kwargs)
@@ -183,6 +243,7 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
                 f"got {backbone_config.model_type!r}. Use KromHCConfig(backbone_config=...)."
             )
         else:
+            _check_names_are_free(backbone_config)
             vars(self).update(vars(_recast(backbone_config, cls)))
             for key, value in kwargs.items():
                 setattr(self, key, value)

@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_kromhc import KromHCConfig, config_class, config_class_named
@@ -80,10 +81,16 @@ class HyperConnectedModel(Shareable):
                 f"{cls.__name__} needs a KromHCConfig; got {type(config).__name__}. "
                 "Use KromHCConfig(backbone_config=...)."
             )
-        backbone = cls.backbone_for(type(config))
+        return cls._class_for_type(type(config))
+
+    @classmethod
+    def _class_for_type(cls, config_type: type[KromHCConfig]) -> type[Any]:
+        backbone = cls.backbone_for(config_type)
         if backbone is None:
-            raise ValueError(f"{config.backbone_config_class.model_type} has no model for {cls.auto_class.__name__}.")
-        return model_class(backbone, type(config))
+            raise ValueError(
+                f"{config_type.backbone_config_class.model_type} has no model for {cls.auto_class.__name__}."
+            )
+        return model_class(backbone, config_type)
 
     @classmethod
     def backbone_for(cls, config_type: type[KromHCConfig]) -> type[PreTrainedModel] | None:
@@ -92,18 +99,33 @@ class HyperConnectedModel(Shareable):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """Loads a checkpoint with hyper-connections, see `PreTrainedModel.from_pretrained`."""
+        """Loads a checkpoint with hyper-connections; takes what `from_pretrained` of the Auto class takes.
+
+        Raises:
+            ValueError: if it has no hyper-connections, or the family has no model for this task.
+            OSError: if it cannot be read.
+        """
+        # Of code in the repository, and what computes is the code of this class.
+        kwargs.pop("code_revision", None)
+        where = pretrained_model_name_or_path if config is None else config
         if hasattr(cls, "backbone_class"):
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)  # type: ignore[misc]
-        # The dtype to load in is not the one that the configuration records.
-        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
-        if config is None:
-            config, kwargs = KromHCConfig.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
-            )
-        return cls.class_for(config).from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, **kwargs, **dtype
-        )
+        if isinstance(config, PreTrainedConfig):
+            found = cls.class_for(config)
+        else:
+            # Only the family is looked up here. Its class reads the configuration again, and knows better than any list
+            # which keywords are of the Hub, of the configuration and of the model.
+            try:
+                found = cls._class_for_type(KromHCConfig.type_in(where, **kwargs))
+            except OSError:
+                if config is not None:
+                    raise
+                # Without a configuration it may be an adapter, whose base the Auto class finds.
+                loaded = cls.auto_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                cls.class_for(model.config)
+                return loaded
+        return found.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
