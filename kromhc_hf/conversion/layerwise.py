@@ -16,7 +16,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..modeling.connection_plan import find_decoder, present_plan
-from ..modeling.stream_ends import mean_of_streams
+from ..modeling.decoder_layer import HyperConnectedLayer
+from ..modeling.stream_ends import expand, mean_of_streams
 from .stored_model import StoredModel, head_output
 from .stored_tensors import quantization_of
 
@@ -94,8 +95,11 @@ class LayerwiseModel:
 
     def _pass_through(self, position: int) -> Any:
         extras, is_last = self.specs[position].extras, position == len(self.layers) - 1
+        num_streams = self.layers[0].hc_options.num_streams if isinstance(self.layers[0], HyperConnectedLayer) else None
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if position == 0 and num_streams is not None:
+                hidden_states = expand(hidden_states, num_streams)
             if is_last and hidden_states.dim() == 4:
                 hidden_states = mean_of_streams(hidden_states)
             return hidden_states if extras is None else (hidden_states, *(None for _ in extras))

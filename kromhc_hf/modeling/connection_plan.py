@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .arrangement import check_distinct
 from .configuration_kromhc import PREFIX
 from .decoder_layer import END_NAMES, HyperConnectedLayer
 from .layer_fit import fit_layer, layer_specs
@@ -95,8 +96,7 @@ def check_layers(decoder: Decoder) -> ConnectionPlan:
             f"the model must have config.num_hidden_layers = {expected} decoder layers, since the last one reads "
             f"the streams out; got {len(layers)}. Set config.num_hidden_layers = {len(layers)}."
         )
-    if len({id(layer) for layer in layers}) < len(layers):
-        raise ValueError("every decoder layer must be a module of its own; got one that is used several times.")
+    check_distinct(layers)
     return ConnectionPlan(decoder, [fit_layer(layer, decoder.candidates, i) for i, layer in enumerate(layers)])
 
 

@@ -18,6 +18,8 @@ from .stream_module import StreamModule
 
 # Beside the hyper-connections, where the streams begin and end in a learned way: on the first and on the last layer.
 END_NAMES = ("expand_hc", "readout_hc")
+# What arrangement.py sets.
+PLACE_NAMES = ("hc_config", "hc_layer_index", "hc_is_last")
 
 
 Connections = dict[str, StreamModule | None]
@@ -41,7 +43,8 @@ class HyperConnectedLayer(nn.Module):
     """Mixed in front of a family's decoder layer: runs its sublayers between reads from and writes to the streams.
 
     The first layer expands `[B, S, C]` to streams `[B, S, n, C]`, the last one that runs reads them out again, and in
-    between the hidden states that the model passes from layer to layer are the streams.
+    between the hidden states that the model passes from layer to layer are the streams. Where a layer stands is set
+    by arrangement.py.
     """
 
     layer_class: ClassVar[type[nn.Module]]
@@ -49,9 +52,10 @@ class HyperConnectedLayer(nn.Module):
     positional_names: ClassVar[tuple[str, ...]]
     arguments: ClassVar[dict[str, Arguments]]
 
-    hc_config: Any
+    hc_config: Any = None
     hc_options: Any  # StreamOptions, of the active adapter where there are adapters
     hc_layer_index: int
+    hc_is_last: bool  # of all layers that there are
     expand_hc: StreamExpansion | None
     readout_hc: StreamReadout | None
 
@@ -75,7 +79,8 @@ class HyperConnectedLayer(nn.Module):
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
-        if self.hc_layer_index == self.hc_config.num_hidden_layers - 1 and not self.reads_out_after_norm():
+        ends = self.hc_is_last or self.hc_layer_index == self.hc_config.num_hidden_layers - 1
+        if ends and not self.reads_out_after_norm():
             streams = self.read_out(streams)
         if self.spec.extras is None:
             return streams
@@ -87,6 +92,13 @@ class HyperConnectedLayer(nn.Module):
 
     def make_streams(self, hidden_states: Tensor) -> Tensor:
         """`[B, S, C]` -> `[B, S, n, C]`."""
+        if self.hc_layer_index > 0:
+            raise ValueError(
+                f"layer {self.hc_layer_index} ({self.layer_class.__name__}) must be given the streams of the layer "
+                f"before it, [B, S, n, C]; got {list(hidden_states.shape)}. Run all layers by setting "
+                f"config.num_hidden_layers (now {self.hc_config.num_hidden_layers}) to their number, and put a layer "
+                "with hyper-connections into no other model than one with hyper-connections."
+            )
         expansion = self.end("expand_hc")
         return expand(hidden_states, self.hc_options.num_streams) if expansion is None else expansion(hidden_states)
 
@@ -253,7 +265,7 @@ def connect_layer(layer: Any, spec: LayerSpec, config: Any, options: StreamOptio
     connections = new_connections(layer, spec, options, config, position)
     layer_class: Any = type(layer)
     layer.__class__ = _layer_class(layer_class, spec, layer_arguments(layer, spec))
-    layer.hc_config, layer.hc_options, layer.hc_layer_index = config, options, position
+    layer.hc_options = options
     for name, module in connections.items():
         layer.register_module(name, module)
 
@@ -262,5 +274,6 @@ def disconnect_layer(layer: Any) -> None:
     """The inverse of `connect_layer`."""
     for name in (*layer.spec.names, *END_NAMES):
         delattr(layer, name)
-    del layer.hc_config, layer.hc_options, layer.hc_layer_index
+    for name in ("hc_options", *PLACE_NAMES):
+        delattr(layer, name)
     layer.__class__ = layer.layer_class

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from .arrangement import arrange, connected_layer
 from .decoder_layer import HyperConnectedLayer
 from .layer_spec import attribute
 from .stream_ends import sum_of_streams
@@ -16,6 +17,8 @@ def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
     # Trainer, generate and pipelines read the signature.
     @functools.wraps(backbone_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.hc_layers_path is not None:
+            arrange(attribute(self, self.hc_layers_path), self.config)
         # Always a dict inside: in a bare tuple, streams [B, S, n, C] and attentions [B, H, S, S] look the same.
         return_dict = kwargs.pop("return_dict", None)
         outputs = backbone_forward(self, *args, return_dict=True, **kwargs)
@@ -25,9 +28,9 @@ def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
                 last_layer.read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
             )
         if self.hc_layers_path is not None:
-            last_layer = attribute(self, self.hc_layers_path)[-1]
-            if isinstance(last_layer, HyperConnectedLayer) and last_layer.reads_out_after_norm():
-                _sum_normed_streams(outputs, last_layer.hc_options.num_streams)
+            last = connected_layer(attribute(self, self.hc_layers_path)[-1])
+            if last is not None and last.reads_out_after_norm():
+                _sum_normed_streams(outputs, last.hc_options.num_streams)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .arrangement import arrange, check_complete
 from .configuration_kromhc import KromHCConfig, config_class, config_class_named
 from .connection_plan import ConnectionPlan, Decoder, check_layers, find_decoder
 from .decoder_layer import connect_layer, disconnect_layer
@@ -127,6 +128,16 @@ class HyperConnectedModel(Shareable):
                 return loaded
         return found.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves the model, see `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: if its layers are not those that its configuration would make again.
+        """
+        owner, layers = find_decoder(self)[:2]
+        check_complete(layers, owner[-1].config)
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, StreamModule):
@@ -217,6 +228,7 @@ def install(plan: ConnectionPlan, config: Any) -> None:
     options, before = config.stream_options(), {type(layer).__name__ for layer in layers}
     for position, (layer, spec) in enumerate(zip(layers, plan.specs)):
         connect_layer(layer, spec, config, options, position)
+    arrange(layers, owners[-1].config)
     added = plan.decoder.added_names
     for owner in owners:
         if not isinstance(owner, HyperConnectedModel):

@@ -9,8 +9,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from ..modeling.arrangement import arrange
 from ..modeling.connection_plan import Decoder
-from ..modeling.decoder_layer import END_NAMES, HyperConnectedLayer, LayerArguments, layer_arguments, layer_namespace
+from ..modeling.decoder_layer import (
+    END_NAMES,
+    PLACE_NAMES,
+    HyperConnectedLayer,
+    LayerArguments,
+    layer_arguments,
+    layer_namespace,
+)
 from ..modeling.hyper_connection import Mappings, has_hooks
 from ..modeling.layer_spec import LayerSpec
 from ..modeling.model_forward import with_readout
@@ -104,8 +112,8 @@ class AdaptedLayer(HyperConnectedLayer):
         return getattr(self, self.spec.names[0])
 
     @property
-    def hc_options(self) -> StreamOptions:
-        return self.site.options[str(self.site.active)]
+    def hc_options(self) -> StreamOptions | None:
+        return self.site.options.get(str(self.site.active))
 
     def end(self, name: str) -> Any:
         # Not the end's own active adapter: it may have fewer than the branches, and PEFT chooses site by site.
@@ -164,11 +172,10 @@ def _same_name(cls: type) -> dict[str, str]:
     return {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
 
 
-def adapt_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> None:
+def adapt_layer(layer: Any, spec: LayerSpec) -> None:
     """Turns a checked decoder layer into its adapted class, in place, with sites that are still empty."""
     layer_class: Any = type(layer)
     layer.__class__ = _adapted_layer_class(layer_class, spec, layer_arguments(layer, spec))
-    layer.hc_config, layer.hc_layer_index = config, position
     for name in spec.names:
         layer.add_module(name, StreamSite())
     for name in END_NAMES:
@@ -177,9 +184,8 @@ def adapt_layer(layer: Any, spec: LayerSpec, config: Any, position: int) -> None
 
 def restore_layer(layer: Any) -> None:
     """The inverse of `adapt_layer`."""
-    for name in (*layer.spec.names, *END_NAMES):
+    for name in (*layer.spec.names, *END_NAMES, *PLACE_NAMES):
         delattr(layer, name)
-    del layer.hc_config, layer.hc_layer_index
     layer.__class__ = layer.layer_class
 
 
@@ -189,6 +195,7 @@ def adapt_owners(decoder: Decoder) -> None:
         if not isinstance(owner, AdaptedModel):
             backbone_class: Any = type(owner)
             owner.__class__ = _adapted_model_class(backbone_class)
+    arrange(decoder.layers, decoder.owners[-1].config)
     decoder.owners[-1].hc_layers_path = decoder.path
 
 

@@ -134,7 +134,7 @@ class HyperConnectionTuner(BaseTuner):
         spec, backbone_config = self._plan.specs[position], self._plan.decoder.owners[0].config
         connections = new_connections(target, spec, options, backbone_config, position)
         if not isinstance(target, AdaptedLayer):
-            adapt_layer(target, spec, backbone_config, position)
+            adapt_layer(target, spec)
         for name, module in connections.items():
             if module is not None:
                 if getattr(target, name) is None:
