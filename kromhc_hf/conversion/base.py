@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .files import (
     resolve_source,
     write_json,
 )
-from .tensor_files import rewrite_as_safetensors, safetensors_name
+from .tensor_files import rewrite_as_safetensors
 
 
 # How huggingface_hub lays out its cache: models--ORG--NAME/snapshots/COMMIT.
@@ -77,13 +77,16 @@ class BaseCheckpoint:
         used = [folder / "config.json", *(folder / file for file in weights.files), *companion_files(folder)]
         return cls(folder, _origin(folder, base_model), weights, {path: before.get(path) for path in used})
 
-    def bring_into(self, target: Path, link: str, progress: Callable[[int, int], None]) -> dict[str, str]:
+    def bring_into(
+        self, target: Path, names: Iterable[str], link: str, progress: Callable[[int, int], None]
+    ) -> dict[str, str]:
         """Brings weights and companions into a folder; returns which file there holds which tensor.
 
         Safetensors are copied or linked, `.bin` files rewritten. Code stays behind.
 
         Args:
             target: the folder, which exists.
+            names: how the weight files are called there; further names are not used.
             link: one of `LINKS`.
             progress: called with the bytes done so far and in all.
 
@@ -107,14 +110,15 @@ class BaseCheckpoint:
                 "safetensors and take their own space.",
                 stacklevel=3,
             )
-        tensors = dict(self.weights.tensors)
-        for file in self.weights.files:
+        tensors: dict[str, str] = {}
+        for file, name in zip(self.weights.files, names):
             if self.weights.pickled:
-                held = rewrite_as_safetensors(self.folder / file, target / safetensors_name(file), advance)
+                held = rewrite_as_safetensors(self.folder / file, target / name, advance)
                 check_shard(self.folder / PICKLED_INDEX, self.weights.tensors, file, held)
-                tensors.update(dict.fromkeys(held, safetensors_name(file)))
             else:
-                bring_file(self.folder / file, target / file, link, advance)
+                bring_file(self.folder / file, target / name, link, advance)
+                held = [tensor for tensor, holder in self.weights.tensors.items() if holder == file]
+            tensors.update(dict.fromkeys(held, name))
         self.bring_companions(target, advance)
         self.check_unchanged()
         return tensors

@@ -14,6 +14,7 @@ The way from config.json to a running model:
 """
 
 import functools
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .configuration_kromhc import KromHCConfig, config_class, config_class_named
 from .connection_plan import ConnectionPlan, Decoder, check_layers, find_decoder
@@ -106,6 +108,17 @@ class HyperConnectedModel(Shareable):
         )
 
     @torch.no_grad()
+    @functools.wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        # One file saved over the shards of a conversion leaves their index, shards over one file leave that file, and
+        # some loader takes what is left for the weights.
+        paths = [Path(save_directory) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+        times = [path.stat().st_mtime_ns if path.is_file() else None for path in paths]
+        for path, time, other in zip(paths, times, reversed(times)):
+            if time is not None and other is not None and time < other:
+                path.unlink(missing_ok=True)
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, StreamModule):
             module.reset_parameters()
