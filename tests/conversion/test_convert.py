@@ -9,13 +9,13 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.folders import contents
+from support.folders import contents, to_earlier_layout
 from support.sparse import sparse_llama
 from support.tiny import configurations, make_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kromhc_hf import convert_checkpoint, hyper_connection_state_dict, verify_conversion
-from kromhc_hf.conversion.files import find_weights
+from kromhc_hf.conversion.files import find_weights, read_json
 
 
 FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -130,6 +130,24 @@ def test_saving_trained_weights_into_the_same_folder(base, tmp_path, sizes):
     assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == set(found.files)
     assert (tmp_path / "out/model.safetensors.index.json").exists() == (len(found.files) > 1)
     assert contents(base) == before
+
+
+def test_folders_of_the_earlier_layout(base, tmp_path):
+    """Their own index goes on being read, and saving them again gives the standard names."""
+    convert_checkpoint(base, tmp_path / "out", variant="mhc")
+    to_earlier_layout(tmp_path / "out", tmp_path / "earlier")
+    assert verify_conversion(base, tmp_path / "earlier").bitwise_equal
+    assert verify_conversion(base, tmp_path / "earlier", layers="all").bitwise_equal
+    assert find_weights(tmp_path / "earlier", read_json(tmp_path / "earlier/config.json")).files == [
+        "kromhc.safetensors",
+        "model.safetensors",
+    ]
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "earlier", output_loading_info=True)
+    assert not any(info.values())
+    model.save_pretrained(tmp_path / "again")
+    assert find_weights(tmp_path / "again", {}).tensors.keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="has been converted already .* Convert its base model instead"):
+        convert_checkpoint(tmp_path / "earlier", tmp_path / "twice")
 
 
 def test_accelerate_loads_all_of_it(base, tmp_path):
