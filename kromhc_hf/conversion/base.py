@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .files import (
     write_json,
 )
 from .other_weights import instead_of_weights
-from .tensor_files import rewrite_as_safetensors, safetensors_name
+from .tensor_files import rewrite_as_safetensors
 
 
 # How huggingface_hub lays out its cache: models--ORG--NAME/snapshots/COMMIT.
@@ -93,13 +93,16 @@ class BaseCheckpoint:
         origin = _origin(folder, base_model) if plain or base_model else _license(folder)
         return cls(folder, origin, weights, {path: before.get(path) for path in used}, weight_variant)
 
-    def bring_into(self, target: Path, link: str, progress: Callable[[int, int], None]) -> dict[str, str]:
+    def bring_into(
+        self, target: Path, names: Iterable[str], link: str, progress: Callable[[int, int], None]
+    ) -> dict[str, str]:
         """Brings weights and companions into a folder; returns which file there holds which tensor.
 
         Safetensors are copied or linked, `.bin` files rewritten. Code stays behind.
 
         Args:
             target: the folder, which exists.
+            names: how the weight files are called there; further names are not used.
             link: one of `LINKS`.
             progress: called with the bytes done so far and in all.
 
@@ -123,15 +126,16 @@ class BaseCheckpoint:
                 "safetensors and take their own space.",
                 stacklevel=3,
             )
-        tensors = dict(self.weights.tensors)
-        for file in self.weights.files:
+        tensors: dict[str, str] = {}
+        for file, name in zip(self.weights.files, names):
             if self.weights.pickled:
-                held = rewrite_as_safetensors(self.folder / file, target / safetensors_name(file), advance)
+                held = rewrite_as_safetensors(self.folder / file, target / name, advance)
                 index = self.folder / with_weight_variant(PICKLED_INDEX, self.weight_variant)
                 check_shard(index, self.weights.tensors, file, held)
-                tensors.update(dict.fromkeys(held, safetensors_name(file)))
             else:
-                bring_file(self.folder / file, target / file, link, advance)
+                bring_file(self.folder / file, target / name, link, advance)
+                held = [tensor for tensor, holder in self.weights.tensors.items() if holder == file]
+            tensors.update(dict.fromkeys(held, name))
         self.bring_companions(target, advance)
         self.check_unchanged()
         return tensors

@@ -16,7 +16,7 @@ from ..modeling.remote_code import take_code_along
 from ..modeling.stream_module import StreamModule
 from .base import BaseCheckpoint
 from .disk import check_link, new_folder, real_path
-from .files import CARD, WEIGHTS, WEIGHTS_INDEX, write_json
+from .files import CARD, WEIGHTS_INDEX, weight_file_names, write_json
 from .report import ConversionReport
 from .stored_model import StoredModel
 from .stored_tensors import check_tensors
@@ -27,8 +27,6 @@ from .verification import verify_conversion
 if TYPE_CHECKING:
     from typing import Unpack
 
-HYPER_CONNECTIONS = "kromhc.safetensors"
-OWN_INDEX = "kromhc.safetensors.index.json"
 # The fields of a report that go into the configuration and the model card.
 VERIFICATION = (
     "dtype",
@@ -60,10 +58,11 @@ def convert_checkpoint(
 ) -> ConversionReport:
     """Writes a checkpoint with n residual streams from a checkpoint without; no base tensor is loaded or rewritten.
 
-    The destination holds the base's weight files as they are, one small file with the hyper-connections, the index
-    that joins them, the configuration with the code files that load it anywhere, a model card, and the tokenizer and
-    generation files. It appears in one piece or not at all, and the source is only read. Older `.bin` weights are
-    rewritten as safetensors, shard by shard.
+    The destination holds the base's weight files as they are, one small file with the hyper-connections as the last
+    shard, the index that joins them, the configuration with the code files that load it anywhere, a model card, and the
+    tokenizer and generation files. Weights and index bear the standard names, by which every tool finds them all. It
+    appears in one piece or not at all, and the source is only read. Older `.bin` weights are rewritten as safetensors,
+    shard by shard.
 
     Args:
         source: folder of the base checkpoint, or its Hub id.
@@ -95,17 +94,15 @@ def convert_checkpoint(
     config.hc_conversion = base.origin
     added = added_tensors(model)
     check_tensors(model, stored.tensors(), besides=added)
+    # A model.safetensors beats every index and would hide the hyper-connections: a single file becomes a first shard.
+    names = weight_file_names(len(base.weights.files) + bool(added))
     with new_folder(destination) as target:
-        base_files = base.bring_into(target, link, progress)
+        base_files = base.bring_into(target, names, link, progress)
         if added:
-            write_safetensors(target / HYPER_CONNECTIONS, added, initial_tensors(model))
-        index = WEIGHTS_INDEX
-        if (target / WEIGHTS).exists():
-            # transformers prefers model.safetensors to any index that is not named in the configuration.
-            index = config.transformers_weights = OWN_INDEX
-        _write_index(target / index, {**base_files, **dict.fromkeys(added, HYPER_CONNECTIONS)})
+            write_safetensors(target / names[-1], added, initial_tensors(model))
+        if len(names) > 1:
+            _write_index(target / WEIGHTS_INDEX, {**base_files, **dict.fromkeys(added, names[-1])})
         take_code_along(config, target)
-        # save_pretrained of a configuration would leave transformers_weights out.
         config.to_json_file(target / "config.json")
         report = ConversionReport.of(
             source,

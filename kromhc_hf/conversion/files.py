@@ -20,6 +20,8 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLED_WEIGHTS = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, PICKLED_WEIGHTS, PICKLED_INDEX)
+# What a push replaces: the files that loaders of full models look for. Earlier versions wrote kromhc.safetensors.
+REPLACED_WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?|kromhc)\.safetensors(\.index\.json)?")
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 # How PEFT calls adapters of hyper-connections.
@@ -129,6 +131,11 @@ class Weights(NamedTuple):
     files: list[str]
     tensors: dict[str, str]
     pickled: bool
+
+
+def weight_file_names(count: int) -> list[str]:
+    """The standard names of that many safetensors files; tools beside transformers read none of another name."""
+    return [WEIGHTS] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
 def with_weight_variant(name: str, weight_variant: str | None) -> str:

@@ -1,17 +1,18 @@
 """Uploads of converted checkpoints to the Hub, in one commit, with their model card."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..modeling.configuration_kromhc import PREFIX, KromHCConfig
 from ..modeling.model_card import model_card
-from .files import CARD, may_write_card
+from .files import CARD, REPLACED_WEIGHTS, may_write_card
 from .stored_model import model_content
 
 
@@ -28,7 +29,8 @@ def push_checkpoint(
 
     The repository is made if it does not exist. Everything appears in one commit. Files that the Hub already has are
     not sent again, so after an interruption the same call goes on where the last one stopped. A model card that bears
-    the mark of this package is written anew for the repository, any other one is sent as it is.
+    the mark of this package is written anew for the repository, any other one is sent as it is. Weights of an earlier
+    upload that the folder does not have are deleted in the same commit: a loader might take them for the new ones.
 
     Args:
         folder: what `convert_checkpoint` or `save_pretrained` wrote.
@@ -56,7 +58,7 @@ def push_checkpoint(
     if may_write_card(folder):
         files[CARD] = model_card(config, repo_id).encode()
     operations = [CommitOperationAdd(name, file) for name, file in files.items()]
-    return upload(operations, repo_id, private, revision, token, commit_message)
+    return upload(operations, repo_id, private, revision, token, commit_message, replaced=REPLACED_WEIGHTS)
 
 
 # The name that it had first.
@@ -70,8 +72,11 @@ def upload(
     revision: str | None,
     token: str | bool | None,
     commit_message: str,
+    replaced: re.Pattern[str] | None = None,
 ) -> str:
     """Makes the repository if need be and commits the operations to it; returns the address of the commit.
+
+    Files there whose names match `replaced` are deleted unless the operations bring them.
 
     Raises:
         OSError: if the Hub refuses the token or the repository, or the connection breaks.
@@ -83,7 +88,13 @@ def upload(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url
+        sent = {operation.path_in_repo for operation in operations}
+        present = api.list_repo_files(repo_id, revision=revision) if replaced else []
+        stale = [name for name in present if replaced and replaced.fullmatch(name) and name not in sent]
+        deleted = map(CommitOperationDelete, stale)
+        return api.create_commit(
+            repo_id, [*operations, *deleted], commit_message=commit_message, revision=revision
+        ).commit_url
 
 
 def check_push(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> None:

@@ -76,11 +76,6 @@ def write_safetensors(
             raise ValueError(f"{path.name} must get all tensors that its header names; {missing[0]} did not come.")
 
 
-def safetensors_name(name: str) -> str:
-    """`pytorch_model-00001-of-00002.bin` -> `model-00001-of-00002.safetensors`."""
-    return name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors"
-
-
 def rewrite_as_safetensors(source: Path, target: Path, advance: Callable[[int], None] = lambda _: None) -> list[str]:
     """Writes the tensors of a `.bin` file to a safetensors file and returns their names.
 

@@ -3,10 +3,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 
@@ -58,3 +60,10 @@ def record_outputs_of(model: Any) -> None:
     The registry is keyed by class: after a change of class recorded outputs would vanish in silence.
     """
     _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+
+
+def keep_last_weights(folder: Path) -> None:
+    """Removes what a save over other weights leaves and a loader would take: the single file, or the index of shards."""
+    paths = [folder / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    if all(path.is_file() for path in paths):
+        min(paths, key=lambda path: path.stat().st_mtime_ns).unlink()

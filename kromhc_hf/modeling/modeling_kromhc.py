@@ -14,6 +14,7 @@ The way from config.json to a running model:
 """
 
 import functools
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +37,7 @@ from .host import (
     class_for_task,
     class_names_for_task,
     config_class_name,
+    keep_last_weights,
     known_to,
     mirror_weight_conversion,
     record_outputs_of,
@@ -136,7 +138,9 @@ class HyperConnectedModel(Shareable):
         """
         owner, layers = find_decoder(self)[:2]
         check_complete(layers, owner[-1].config)
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        keep_last_weights(Path(save_directory))
+        return saved
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

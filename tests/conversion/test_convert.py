@@ -6,15 +6,19 @@ import sys
 
 import pytest
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from safetensors import safe_open
-from support.folders import contents
+from safetensors.torch import load_file, save_file
+from support.folders import contents, to_earlier_layout
 from support.sparse import sparse_llama
 from support.tiny import configurations, make_model, token_ids
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kromhc_hf import convert_checkpoint, verify_conversion
+from kromhc_hf import convert_checkpoint, hyper_connection_state_dict, verify_conversion
+from kromhc_hf.conversion.files import find_weights, read_json
 
 
+FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 REAL = ("stories15M", "stories260K", "gpt2-tinystories-1M", "gpt-nano-sort")
 
 
@@ -32,7 +36,10 @@ def test_real_checkpoints(shared, tmp_path, name, num_streams):
     assert report.greedy_base == report.greedy_converted
     assert report.text == (name != "gpt-nano-sort")
     written = contents(tmp_path / "out")
-    assert written["model.safetensors"] == before["model.safetensors"]
+    weights = {file for file in written if "safetensors" in file}
+    assert weights == {FIRST, SECOND, "model.safetensors.index.json"}
+    assert written[FIRST] == before["model.safetensors"]
+    assert "transformers_weights" not in json.loads(written["config.json"])
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= written.keys()
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not any(info.values())
@@ -64,10 +71,15 @@ def test_sharded_base(tmp_path, family):
     written = contents(tmp_path / "out")
     shards = [name for name in before if name.endswith(".safetensors")]
     assert len(shards) > 2
-    assert all(written[name] == before[name] for name in shards)
-    index = json.loads(written["model.safetensors.index.json"])
-    old = json.loads(before["model.safetensors.index.json"])
-    assert old["weight_map"].items() < index["weight_map"].items()
+    count = len(shards) + 1
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    assert [name for name in sorted(written) if name.endswith(".safetensors")] == names
+    assert [written[name] for name in names[:-1]] == [before[name] for name in sorted(shards)]
+    index = json.loads(written["model.safetensors.index.json"])["weight_map"]
+    old = json.loads(before["model.safetensors.index.json"])["weight_map"]
+    renamed = dict(zip(sorted(shards), names))
+    assert {name: renamed[file] for name, file in old.items()}.items() < index.items()
+    assert {file for name, file in index.items() if name not in old} == {names[-1]}
     assert "transformers_weights" not in json.loads(written["config.json"])
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
@@ -75,16 +87,79 @@ def test_sharded_base(tmp_path, family):
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
-def test_saving_trained_weights_into_the_same_folder(base, tmp_path):
-    """What was trained wins over the file that the conversion wrote."""
-    convert_checkpoint(base, tmp_path / "out")
+def test_shards_of_other_names(tmp_path):
+    """A base whose index names its files in its own way, and a tensor that shares its file with none of the others."""
+    model = make_model(configurations("qwen3")[0])
+    model.save_pretrained(tmp_path / "base")
+    state = load_file(tmp_path / "base/model.safetensors")
+    (tmp_path / "base/model.safetensors").unlink()
+    files = {"weights-b.safetensors": list(state)[:1], "model.safetensors-1-of-2.safetensors": list(state)[1:]}
+    for file, held in files.items():
+        save_file({name: state[name] for name in held}, tmp_path / "base" / file, metadata={"format": "pt"})
+    index = {name: file for file, held in files.items() for name in held}
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    assert convert_checkpoint(tmp_path / "base", tmp_path / "out", verify=True).bitwise_equal
+    found = find_weights(tmp_path / "out", {})
+    assert found.files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert found.tensors[next(iter(state))] == found.files[1]
+
+
+def test_nothing_added_is_the_file_alone(base, tmp_path):
+    """Without a second file there is no shard, and without shards no index."""
+    convert_checkpoint(base, tmp_path / "out", variant="identity", dynamic=False, verify=True)
+    written = contents(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with torch.no_grad():
-        model.model.layers[0].attn_hc.bias.fill_(0.5)
-    model.save_pretrained(tmp_path / "out")
+    names = {"model.safetensors"} if not hyper_connection_state_dict(model) else {FIRST, SECOND}
+    assert {name for name in written if name.endswith(".safetensors")} == names
+
+
+@pytest.mark.parametrize("sizes", [("1GB",), ("40KB",), ("1GB", "40KB"), ("40KB", "1GB")], ids="-then-".join)
+def test_saving_trained_weights_into_the_same_folder(base, tmp_path, sizes):
+    """What was trained last is all there is: nothing of the conversion or of another save is left that a tool reads."""
+    convert_checkpoint(base, tmp_path / "out", link="hardlink")
+    before = contents(base)
+    for step, size in enumerate(sizes):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        with torch.no_grad():
+            model.model.layers[0].attn_hc.bias.fill_(step + 0.5)
+        model.save_pretrained(tmp_path / "out", max_shard_size=size)
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
-    assert (again.model.layers[0].attn_hc.bias == 0.5).all()
+    assert (again.model.layers[0].attn_hc.bias == len(sizes) - 0.5).all()
+    found = find_weights(tmp_path / "out", {})
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == set(found.files)
+    assert (tmp_path / "out/model.safetensors.index.json").exists() == (len(found.files) > 1)
+    assert contents(base) == before
+
+
+def test_folders_of_the_earlier_layout(base, tmp_path):
+    """Their own index goes on being read, and saving them again gives the standard names."""
+    convert_checkpoint(base, tmp_path / "out", variant="mhc")
+    to_earlier_layout(tmp_path / "out", tmp_path / "earlier")
+    assert verify_conversion(base, tmp_path / "earlier").bitwise_equal
+    assert verify_conversion(base, tmp_path / "earlier", layers="all").bitwise_equal
+    assert find_weights(tmp_path / "earlier", read_json(tmp_path / "earlier/config.json")).files == [
+        "kromhc.safetensors",
+        "model.safetensors",
+    ]
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "earlier", output_loading_info=True)
+    assert not any(info.values())
+    model.save_pretrained(tmp_path / "again")
+    assert find_weights(tmp_path / "again", {}).tensors.keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="has been converted already .* Convert its base model instead"):
+        convert_checkpoint(tmp_path / "earlier", tmp_path / "twice")
+
+
+def test_accelerate_loads_all_of_it(base, tmp_path):
+    """Every tensor is found by a tool that knows the standard names and nothing else."""
+    convert_checkpoint(base, tmp_path / "out", init="paper")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "out"))
+    model.tie_weights()
+    load_checkpoint_and_dispatch(model, str(tmp_path / "out"), device_map={"": "cpu"}, strict=True)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.state_dict().items())
 
 
 @pytest.mark.parametrize("variant", ["hc", "mhc", "mhc_lite", "tbp", "identity"])
@@ -168,5 +243,5 @@ def test_eight_gigabytes_in_forty_shards(tmp_path, num_streams):
         assert report["seconds"] < 2
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == 41
-    with safe_open(tmp_path / "out/kromhc.safetensors", "pt") as file:
+    with safe_open(tmp_path / "out/model-00041-of-00041.safetensors", "pt") as file:
         assert file.get_tensor("model.layers.18.ffn_hc.alpha").tolist() == pytest.approx([0.01] * 3)

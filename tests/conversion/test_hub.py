@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
+from support.folders import to_earlier_layout
 from support.hub_client import push_base
 from support.hub_server import TOKEN
 from support.remote import visit_without_kromhc
@@ -30,6 +31,30 @@ def test_push_and_pull_into_an_empty_cache(hub, converted):
     assert not any(info.values())
     tokens = token_ids(model.config)
     assert torch.equal(model(tokens).logits, AutoModelForCausalLM.from_pretrained(converted)(tokens).logits)
+
+
+@pytest.mark.parametrize("other", ["base", "earlier-layout", "trained"])
+def test_a_push_replaces_the_weights_that_are_there(hub, base, tmp_path, other):
+    """Weights of before under a name that the new ones do not use would be loaded in their place."""
+    convert_checkpoint(base, tmp_path / "out", init="paper")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    if other == "base":
+        push_base(base, "ada/model")
+    elif other == "trained":
+        model.save_pretrained(tmp_path / "trained")
+        push_checkpoint(tmp_path / "trained", "ada/model")
+    else:
+        to_earlier_layout(tmp_path / "out", tmp_path / "earlier")
+        push_checkpoint(tmp_path / "earlier", "ada/model")
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="voice.safetensors", repo_id="ada/model")
+    push_checkpoint(tmp_path / "out", "ada/model", revision="new")
+    weights = {name for name in hub.files("ada/model", "new") if "safetensors" in name}
+    assert weights == {path.name for path in (tmp_path / "out").glob("*safetensors*")} | {"voice.safetensors"}
+    loaded, info = AutoModelForCausalLM.from_pretrained("ada/model", revision="new", output_loading_info=True)
+    assert not any(info.values())
+    tokens = token_ids(model.config)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert "model-00001-of-00002.safetensors" not in hub.files("ada/model")
 
 
 def test_push_from_a_live_model(hub, converted):
