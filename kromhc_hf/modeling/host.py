@@ -63,7 +63,7 @@ def record_outputs_of(model: Any) -> None:
 
 
 def keep_last_weights(folder: Path) -> None:
-    """Removes what a save over other weights leaves and a loader would take: the single file, or the index of shards."""
+    """Removes what a save over other weights leaves and a loader would take: the one file, or the index of shards."""
     paths = [folder / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     if all(path.is_file() for path in paths):
         min(paths, key=lambda path: path.stat().st_mtime_ns).unlink()
