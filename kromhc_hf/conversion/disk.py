@@ -41,8 +41,11 @@ def new_folder(destination: Path) -> Iterator[Path]:
         OSError: if the destination cannot be written, or its disk is full.
     """
     given, destination = destination, real_path(destination)
-    _check_free(given, destination)
     fill = destination.is_dir()
+    if fill:
+        # What a dead process moved there is in the way until it is taken back.
+        _remove_leftovers(destination, destination)
+    _check_free(given, destination)
     home = destination if fill else destination.parent
     folder = home / f".{destination.name}.partial-{os.urandom(4).hex()}"
     try:

@@ -144,6 +144,7 @@ def test_no_six_lines_of_the_package_stand_twice():
         ("configuration", ["KromHCConfig", "KromHCLlamaConfig"]),
         ("modeling", ["KromHCForCausalLM", "KromHCModel", "KromHCLlamaForCausalLM", "KromHCLlamaConfig"]),
         ("conversion", ["convert_checkpoint", "verify_conversion", "ConversionReport"]),
+        ("layerwise", ["LayerwiseModel"]),
         ("peft_conversion", ["adapter_to_model", "model_to_adapter"]),
     ],
 )
