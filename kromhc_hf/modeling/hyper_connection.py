@@ -67,8 +67,9 @@ class HyperConnection(StreamModule):
         hidden_size: C.
         num_streams: n.
         branch_index: which branch of the model this is; the init favours stream `branch_index % n`.
-        kernel: what reads and writes the streams: "torch" (plain PyTorch), "triton" (refused where it cannot run), or
-            "auto" (Triton on a CUDA device, if it is installed). It can be set later, as the attribute `kernel`. The
+        kernel: what reads and writes the streams: "torch" (plain PyTorch), "triton" (refused where it cannot run),
+            "auto" (Triton on a CUDA device, if it is installed), or "reference" (operations that autograd knows and
+            nothing else: slow, and differentiable in every way). It can be set later, as the attribute `kernel`. The
             default is "torch" until the Triton kernels have been measured on a GPU.
         **options: what a single hyper-connection reads of `StreamOptions`. Static mappings (`dynamic=False`) have no
             `weight` and no `alpha`.

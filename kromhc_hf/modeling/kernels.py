@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from .kernels_compiled import Project, Read, Write
-from .kernels_eager import connect
+from .kernels_eager import connect, connect_reference
+from .kernels_eager_passes import transformed
 from .kernels_triton import project, read, write
 from .kernels_triton_fused import LARGEST_OUTPUTS, LARGEST_STREAMS, width, write_width
 from .kernels_triton_language import AVAILABLE, DTYPES, INTERPRETED
 from .mixing import Mixing
 
 
-KERNELS = ("auto", "torch", "triton")
+KERNELS = ("auto", "torch", "triton", "reference")
 
 # From streams `[..., n, C]`, weight, bias, alpha, the mixing and eps to the branch input `[..., C]` and the depth
 # connection, which takes the branch output.
@@ -74,14 +75,19 @@ def select_connect(kernel: str, streams: Tensor, dtype: torch.dtype) -> Connect:
     """What connects these streams, with coefficients in `dtype`; "auto" takes Triton on a CUDA device.
 
     Raises:
-        ValueError: if "triton" was asked for and cannot serve the streams, with the reason.
+        ValueError: if there is no such kernel, or "triton" was asked for and cannot serve the streams, with the reason.
     """
+    check_kernel(kernel)
+    if kernel == "reference":
+        return connect_reference
     if kernel != "torch":
         reason = _obstacle(streams, dtype, interpreted=kernel == "triton")
         if reason is None:
             return connect_triton
         if kernel == "triton":
             raise ValueError(f"kernel 'triton' {reason}. Use kernel='auto' or kernel='torch'.")
+    if transformed():
+        return connect_reference
     return partial(connect_passes, passes=COMPOSITE) if torch.compiler.is_compiling() else connect
 
 
@@ -93,6 +99,8 @@ def _obstacle(streams: Tensor, dtype: torch.dtype, interpreted: bool) -> str | N
         return f"takes streams in float32, bfloat16 or float16 with fp32 coefficients; got {streams.dtype} and {dtype}"
     if streams.device.type != "cuda" and not (interpreted and INTERPRETED):
         return f"needs a CUDA device, or TRITON_INTERPRET=1 in the environment; got streams on {streams.device}"
+    if transformed():
+        return "has no forward-mode derivatives and no rules for transforms of torch.func"
     return None
 
 

@@ -1,6 +1,9 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """Connects the streams in plain PyTorch, with a backward pass of its own that makes few passes over them.
 
+Operations that autograd knows (`connect_reference`) take over where that backward pass has nothing to say: for
+derivatives of higher order, in forward mode and in transforms of `torch.func`.
+
 Streams are `[..., n, C]`, and `[T, n, C]` with the tokens in one dimension.
 """
 
@@ -11,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .kernels_eager_passes import (
     Streams,
@@ -69,12 +71,15 @@ class WidthConnection(torch.autograd.Function):
         return branch_input.view(*streams.shape[:-2], -1), h_post, streams.detach(), h_res
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_input: Tensor | None, grad_h_post: Tensor | None, grad_mixed: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         streams, weight, bias, alpha, products, squares = ctx.saved_tensors
         with without_autocast(streams):
+            if torch.is_grad_enabled():
+                grads = (grad_input, grad_h_post, grad_mixed)
+                inputs = (streams, weight, bias, alpha)
+                return *differentiable_gradients(grads, inputs, ctx.mixing, ctx.eps), None, None
             tokens = streams.flatten(0, -3)
             grad_input = None if grad_input is None else grad_input.flatten(0, -2)
             grad_mixed = None if grad_mixed is None else grad_mixed.flatten(0, -3)
@@ -113,12 +118,16 @@ class DepthConnection(torch.autograd.Function):
         return write(streams, h_res, h_post, branch_output.flatten(0, -2), rows_sum_to_one).view(mixed.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h_post, branch_output = ctx.saved_tensors
         grad_h_post, grad_output = None, None
         with without_autocast(grad):
             tokens = grad.flatten(0, -3)
+            if torch.is_grad_enabled():
+                wide = cast(tokens, h_post.dtype)
+                grad_h_post = (wide * branch_output.reshape(tokens.shape[0], 1, -1)).sum(-1)
+                grad_output = cast((h_post.unsqueeze(-1) * wide).sum(1), branch_output.dtype)
+                return grad, grad_h_post, grad_output.view(branch_output.shape), None, None
             if ctx.needs_input_grad[1]:
                 outputs = branch_output.reshape(tokens.shape[0], 1, -1)
                 grad_h_post = correlation(outputs, tokens, h_post.dtype).squeeze(1)
@@ -130,17 +139,40 @@ class DepthConnection(torch.autograd.Function):
         return grad, grad_h_post, grad_output, None, None
 
 
+def differentiable_gradients(
+    grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None], mixing: Mixing, eps: float
+) -> list[Tensor | None]:
+    """The gradients of a width connection in operations that can be differentiated again."""
+    # Aliases: with the inputs themselves, the way from one to another would count as well.
+    leaves = [None if t is None else t.view_as(t) for t in inputs]
+    streams, weight, bias, alpha = leaves
+    assert streams is not None
+    assert bias is not None
+    wide, branch_input, h_post, logits = width_reference(streams.flatten(0, -3), weight, bias, alpha, mixing, eps)
+    outputs = (
+        cast(branch_input, streams.dtype).view(*streams.shape[:-2], -1),
+        h_post.expand(wide.shape[0], -1),
+        cast(mixing.mix(wide, logits), streams.dtype).view(streams.shape),
+    )
+    return chain(outputs, grads, leaves)
+
+
 def chain(
     outputs: Sequence[Tensor], grads: Sequence[Tensor | None], leaves: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The gradients of the leaves, through the small graph from them to the mappings."""
     used = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None and output.requires_grad]
-    present = [leaf for leaf in leaves if leaf is not None]
+    present = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     found = torch.autograd.grad(
-        [output for output, _ in used], present, [grad for _, grad in used], allow_unused=True, materialize_grads=True
+        [output for output, _ in used],
+        present,
+        [grad for _, grad in used],
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+        materialize_grads=True,
     )
     rest = iter(found)
-    return [None if leaf is None else next(rest) for leaf in leaves]
+    return [None if leaf is None or not leaf.requires_grad else next(rest) for leaf in leaves]
 
 
 def connect(
@@ -149,7 +181,7 @@ def connect(
     """The branch input `[..., C]` of streams `[..., n, C]`, and the depth connection, which takes the branch output."""
     tokens = streams.flatten(0, -3)
     if tokens.shape[0] <= FEW_TOKENS and tokens.numel() * tokens.shape[1] <= FEW_PRODUCTS:
-        return connect_few(streams, tokens, weight, bias, alpha, mixing, eps)
+        return connect_reference(streams, weight, bias, alpha, mixing, eps)
     sum_to_one = mixing.rows_sum_to_one
     if torch.is_grad_enabled():
         branch_input, h_post, mixed, h_res = WidthConnection.apply(streams, weight, bias, alpha, mixing, eps)
@@ -165,16 +197,28 @@ def connect(
     return branch_input.view(*streams.shape[:-2], -1), write_back
 
 
-def connect_few(
-    streams: Tensor,
-    tokens: Tensor,
-    weight: Tensor | None,
-    bias: Tensor,
-    alpha: Tensor | None,
-    mixing: Mixing,
-    eps: float,
+def connect_reference(
+    streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mixing: Mixing, eps: float
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The same for decoding, where the number of operations counts and not the size of what they move."""
+    """The same in operations that autograd knows, differentiable any number of times and in forward mode.
+
+    Decoding takes it too, where the number of operations counts and not the size of what they move.
+    """
+    tokens = streams.flatten(0, -3)
+    wide, branch_input, h_post, logits = width_reference(tokens, weight, bias, alpha, mixing, eps)
+
+    def write_back(branch_output: Tensor) -> Tensor:
+        output = branch_output.reshape(tokens.shape[0], 1, -1)
+        mixed = torch.addcmul(mixing.mix(wide, logits), h_post.unsqueeze(-1), output)
+        return cast(mixed, streams.dtype).reshape(streams.shape)
+
+    return cast(branch_input, streams.dtype).reshape(*streams.shape[:-2], -1), write_back
+
+
+def width_reference(
+    tokens: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mixing: Mixing, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of streams `[T, n, C]`, in the dtype of the bias: these, the branch input `[T, 1, C]`, h_post and the logits."""
     wide = cast(tokens, bias.dtype)
     products, squares = None, None
     if weight is not None:
@@ -185,10 +229,4 @@ def connect_few(
     first, others = wide.split_with_sizes((1, wide.shape[1] - 1), dim=1)
     rest = (h_pre[..., 1:, None] * (others - first)).sum(1, keepdim=True)
     branch_input = torch.addcmul(first, gap_to_one(h_pre).unsqueeze(-1), first) + rest
-
-    def write_back(branch_output: Tensor) -> Tensor:
-        output = branch_output.reshape(tokens.shape[0], 1, -1)
-        mixed = torch.addcmul(mixing.mix(wide, logits), h_post.unsqueeze(-1), output)
-        return cast(mixed, streams.dtype).view(streams.shape)
-
-    return cast(branch_input, streams.dtype).view(*streams.shape[:-2], -1), write_back
+    return wide, branch_input, h_post, logits

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .mixing import snap_distance
 
@@ -54,13 +55,21 @@ def project(streams: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tens
     return products, norms.square_().div_(width).view(tokens, groups)
 
 
+def transformed() -> bool:
+    """Whether forward-mode derivatives or transforms of `torch.func` are under way, which know plain operations alone.
+
+    Tensors do not tell: a weight of the model inside a branch may be what is differentiated.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def gap_to_one(weights: Tensor) -> Tensor:
     """By how much the sum of the weights exceeds 1, `[..., n]` -> `[..., 1]`; within `snap_distance` it counts as 0.
 
     Not `snapped_sum` less 1, which would round once more. Gradients do not notice.
     """
     gap = weights.sum(-1, keepdim=True).sub_(1)
-    if not gap.requires_grad:
+    if not (gap.requires_grad or transformed()):
         return F.hardshrink(gap, snap_distance(weights.dtype))
     fixed = gap.detach()
     return gap - (fixed - F.hardshrink(fixed, snap_distance(weights.dtype)))

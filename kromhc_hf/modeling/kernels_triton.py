@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels_triton_language import PRECISION, TOKENS, jit, rounded, run, snapped, tl
+from .kernels_triton_language import PRECISION, TOKENS, first_derivatives, jit, rounded, run, snapped, tl
 
 
 DEPTH = 64
@@ -241,6 +241,6 @@ def _write_gradients(ctx, grad):
     return *write_backward(grad, *ctx.saved_tensors), None
 
 
-project.register_autograd(_project_gradients, setup_context=_save)
-read.register_autograd(_read_gradients, setup_context=_save)
-write.register_autograd(_write_gradients, setup_context=_save)
+project.register_autograd(first_derivatives(_project_gradients), setup_context=_save)
+read.register_autograd(first_derivatives(_read_gradients), setup_context=_save)
+write.register_autograd(first_derivatives(_write_gradients), setup_context=_save)

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from .kernels_triton import write_backward
 from .kernels_triton_gradients import correlate, streams_gradient, weight_gradient
-from .kernels_triton_language import TOKENS, jit, project_tile, read_rows, rounded, run, snapped, store_gates, tl
+from .kernels_triton_language import (
+    TOKENS,
+    first_derivatives,
+    jit,
+    project_tile,
+    read_rows,
+    rounded,
+    run,
+    snapped,
+    store_gates,
+    tl,
+)
 
 
 # Above, a program cannot hold a tile of the streams and the weight that belongs to it.
@@ -233,5 +244,5 @@ def _write_width_gradients(ctx, grad_streams, grad_input, _, grad_h_post, grad_l
     return *write_backward(grad_streams, *saved[:4]), None, *others, None
 
 
-width.register_autograd(_width_gradients, setup_context=_save_width)
-write_width.register_autograd(_write_width_gradients, setup_context=_save_write_width)
+width.register_autograd(first_derivatives(_width_gradients), setup_context=_save_width)
+write_width.register_autograd(first_derivatives(_write_width_gradients), setup_context=_save_write_width)

@@ -263,3 +263,21 @@ def test_refuses_what_it_cannot_serve() -> None:
     module = HyperConnection(8, 4, kernel="triton").double()
     with pytest.raises(ValueError, match=r"kernel 'triton' takes streams in float32, bfloat16 or float16.*Use kernel="):
         module(torch.randn(1, 2, 4, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["fused", "passes"])
+def test_refuses_derivatives_that_it_does_not_have(dynamic: bool) -> None:
+    module, streams = HyperConnection(8, 4, kernel="triton", dynamic=dynamic), torch.randn(1, 3, 4, 8)
+
+    def squares(streams: torch.Tensor) -> torch.Tensor:
+        branch_input, write = module(streams)
+        return write(torch.tanh(branch_input)).square().sum()
+
+    leaf = streams.clone().requires_grad_()
+    with pytest.raises(
+        RuntimeError, match=r"kernel 'triton' has first derivatives only.*Set kernel='torch' or kernel="
+    ):
+        torch.autograd.grad(squares(leaf), leaf, create_graph=True)
+    for transform in (torch.func.grad(squares), lambda x: torch.func.jvp(squares, (x,), (x,))):
+        with pytest.raises(ValueError, match=r"kernel 'triton' has no forward-mode derivatives.*Use kernel='auto'"):
+            transform(streams)
