@@ -35,7 +35,7 @@ from .tensor_files import rewrite_as_safetensors
 
 # How huggingface_hub lays out its cache: models--ORG--NAME/snapshots/COMMIT.
 CACHE_FOLDER = re.compile(r"models--(?P<id>[^/]+)")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 Fingerprint = tuple[int, int, int]

@@ -14,18 +14,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.utils.hub import resolve_revision
 
 from ..applying import apply_hyper_connections, has_hyper_connections
+from ..modeling.configuration_kromhc import ORIGIN
 from ..modeling.model_card import model_card
 from ..modeling.options import OPTIONS
 from ..training import hyper_connection_state_dict, load_hyper_connection_state_dict
-from .files import CARD, may_write_card, read_json, refuse_revision
+from .base import HUB_ID
+from .files import CARD, may_write_card, refuse_revision
 from .hub import upload
+from .loaded_base import BaseDigests, find_base
 
 
 FILE = "hyper_connections.safetensors"
 DESCRIPTION = "kromhc"
+DIGESTS = "base_digests"
 DESCRIPTION_KEYS = ("base_model", "base_revision", "model_type", "options")
 
 
@@ -39,19 +42,20 @@ def save_hyper_connections(
     """Saves the hyper-connections of a model alone, with the id and revision of the base that they belong to.
 
     The base's own parameters must be those of the base checkpoint, as they are with `freeze_backbone`; they are not
-    saved. `load_hyper_connections(folder)` makes the model again.
+    saved, but digests of them are. `load_hyper_connections(folder)` makes the model again, on the same base alone.
 
     Args:
         model: a model with hyper-connections.
         folder: where `hyper_connections.safetensors` and a model card are written; a card of your own stays.
         base_model: Hub id or folder of the base; by default where the model says that it comes from.
-        base_revision: commit of the base; by default the one that its main branch has now, None for a folder.
+        base_revision: of the base; by default the commit in the cache of the Hub that has the same weights as the
+            model, or, if the cache has none, the one of the main branch now. None for a folder.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: if the model has no hyper-connections, or its base is not known.
+        ValueError: if the model has no hyper-connections, or its base is not known or has other weights on disk.
     """
     metadata, card = _description(model, base_model, base_revision, Path(folder).name)
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -102,6 +106,7 @@ def load_hyper_connections(
     *,
     revision: str | None = None,
     base_model: str | os.PathLike[str] | None = None,
+    base_revision: str | None = None,
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -110,7 +115,8 @@ def load_hyper_connections(
     Args:
         source: folder, file or Hub id with what `save_hyper_connections` or `push_hyper_connections` wrote.
         revision: of the repository with the hyper-connections.
-        base_model: where to load the base from instead of the id that the file names.
+        base_model: where to load the base from instead of the id or folder that the file names.
+        base_revision: of the repository of the base.
         token: of the Hub.
         **kwargs: for `AutoModelForCausalLM.from_pretrained` of the base, such as `dtype`.
 
@@ -119,18 +125,27 @@ def load_hyper_connections(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged or does not fit the base, or a revision is asked for of something on disk.
+        ValueError: if the file is damaged or made for another base, or a revision is asked for of something on disk.
         OSError: if the base cannot be loaded.
     """
     path = _find(source, revision, token)
     description, tensors = _read(path)
-    base_revision = description["base_revision"] if base_model is None else None
-    base = description["base_model"] if base_model is None else base_model
-    model: Any = AutoModelForCausalLM.from_pretrained(base, revision=base_revision, token=token, **kwargs)
+    if base_model is None:
+        base_model, base_revision = description["base_model"], base_revision or description["base_revision"]
+    model = _load_base(path, base_model, revision=base_revision, token=token, **kwargs)
     if model.config.model_type != description["model_type"]:
         raise ValueError(
             f"base_model must be of model_type {description['model_type']!r}, for which the hyper-connections in "
-            f"{path} were made; {base} is {model.config.model_type!r}."
+            f"{path} were made; {base_model} is {model.config.model_type!r}."
+        )
+    known = description.get(DIGESTS)
+    different = BaseDigests(**known).first_difference(model) if known else None
+    if different is not None:
+        raise ValueError(
+            f"base_model must be the base that the hyper-connections in {path} were made for, "
+            f"{description['base_model']} at {description['base_revision'] or 'its only state'}; {different} of "
+            f"{base_model} is another one. Give that base, with base_model and base_revision, in the dtype in which it "
+            "was saved."
         )
     apply_hyper_connections(model, **description["options"])
     load_hyper_connection_state_dict(model, tensors, path)
@@ -151,39 +166,35 @@ def _description(
             "Call apply_hyper_connections(model, num_streams=4) first."
         )
     config = copy.copy(model.config)
-    origin = getattr(config, "hc_conversion", None)
-    if base_model is None and origin is None:
-        base_model = config.name_or_path
-    elif base_model is None and origin is not None:
-        base_model, base_revision = origin.get("base_model"), base_revision or origin.get("base_revision")
-    model_type = config.backbone_config_class.model_type
-    base_model = _checked_base(base_model, model_type)
-    is_folder = Path(base_model).is_dir()
-    if base_revision is None and not is_folder:
-        base_revision = getattr(resolve_revision(base_model), "resolved", None)
+    base_model, base_revision = find_base(model, base_model, base_revision)
+    digests = BaseDigests.of(model)
     description = {
         "base_model": base_model,
         "base_revision": base_revision,
-        "model_type": model_type,
+        "model_type": config.backbone_config_class.model_type,
         "options": config.stream_options().to_dict(),
+        DIGESTS: {"complete": digests.complete, "tensors": digests.tensors},
     }
-    known = {} if is_folder else {"base_model": base_model, "base_revision": base_revision}
-    config.hc_conversion = {"license": (origin or {}).get("license"), **known}
+    on_hub = {} if Path(base_model).is_dir() else {"base_model": base_model, "base_revision": base_revision}
+    config.hc_conversion = {"license": (getattr(config, ORIGIN, None) or {}).get("license"), **on_hub}
     return {"format": "pt", DESCRIPTION: json.dumps(description)}, model_card(config, name, weights="hyper-connections")
 
 
-def _checked_base(base_model: str | None, model_type: str) -> str:
-    """The Hub id or folder of the base, if it may be one; what an id stands for is seen when it is loaded."""
-    reason = ""
-    if base_model:
-        path = Path(base_model) / "config.json"
-        found = read_json(path).get("model_type") if path.is_file() else None
-        if found == model_type or not path.parent.is_dir():
-            return base_model
-        reason = f" ({path} has model_type {found!r})" if path.is_file() else f" ({path} does not exist)"
-    raise ValueError(
-        f"base_model must be the Hub id or folder of a base checkpoint of model_type {model_type!r}; got "
-        f"{base_model!r}, which the model says it comes from{reason}. Give it: base_model='ORG/NAME'."
+def _load_base(path: Path, base_model: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """The base; what goes wrong is said with the name of the file that asks for it."""
+    folder = Path(base_model)
+    if folder.is_dir():
+        refuse_revision(folder, kwargs["revision"])
+    reason = f"there is no such folder, seen from {Path.cwd()}, and it is no Hub id"
+    if folder.is_dir() or HUB_ID.fullmatch(str(base_model)):
+        try:
+            return AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
+        except OSError as error:
+            seen = "" if folder.is_dir() else f"there is no such folder, seen from {Path.cwd()}, and as a Hub id: "
+            reason = seen + str(error).splitlines()[0]
+    raise FileNotFoundError(
+        f"the base of {path} must be a folder or a Hub id that can be read; got {str(base_model)!r} ({reason}). "
+        "Say where it is: base_model=FOLDER or 'ORG/NAME'."
     )
 
 
@@ -217,7 +228,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} must be a complete safetensors file; {error}. Fetch the file again.") from error
     known = description if isinstance(description, dict) else {}
     missing = [key for key in DESCRIPTION_KEYS if key not in known]
-    if missing or not isinstance(known["options"], dict) or not known["options"].keys() <= OPTIONS.keys():
+    options, digests = known.get("options"), known.get(DIGESTS, {"complete": False, "tensors": {}})
+    wrong = not isinstance(options, dict) or not options.keys() <= OPTIONS.keys()
+    if missing or wrong or not isinstance(digests, dict) or digests.keys() != {"complete", "tensors"}:
         without = f", without {missing[0]!r}" if missing else ""
         raise ValueError(
             f"{path} must say which base and options it belongs to, as save_hyper_connections writes it; "

@@ -17,6 +17,7 @@ from ..applying import apply_hyper_connections, has_hyper_connections
 from ..conversion.base import BaseCheckpoint
 from ..conversion.disk import new_folder, real_path
 from ..conversion.files import ADAPTER_CONFIG, ADAPTER_TYPE, CARD, read_json
+from ..conversion.loaded_base import find_base
 from ..conversion.stored_model import StoredModel
 from ..inspection.recording import branches
 from ..modeling.configuration_kromhc import PREFIX
@@ -97,25 +98,26 @@ def model_to_adapter(
 ) -> KromHCPeftConfig:
     """Writes the hyper-connections of a full model as a PEFT adapter, to be loaded on its base.
 
-    Only the hyper-connections are written. It is for the caller to know that `base_model` has the same other weights,
-    as a conversion or a training with a frozen backbone leaves them.
+    Only the hyper-connections are written. `base_model` must have the same other weights, as a conversion or a training
+    with a frozen backbone leaves them; where it is on disk here, that is checked.
 
     Args:
         model: a model with hyper-connections.
         destination: folder for `adapter_config.json` and `adapter_model.safetensors`; made if missing.
-        base_model: folder or Hub id of the base, written into the config.
-        base_revision: of the Hub repository of the base, likewise.
+        base_model: folder or Hub id of the base, written into the config; a folder by its absolute path.
+        base_revision: of the Hub repository of the base, likewise; by default as in `save_hyper_connections`.
 
     Raises:
-        ValueError: if the model has no hyper-connections.
+        ValueError: if the model has no hyper-connections, or the base is of another family or has other weights.
     """
     if not has_hyper_connections(model):
         raise ValueError(f"model must have hyper-connections to write as an adapter; got {type(model).__name__}.")
     hf_config = model.config
+    name, base_revision = find_base(model, str(base_model), base_revision)
     config = KromHCPeftConfig(
         task_type="CAUSAL_LM",
         inference_mode=True,
-        base_model_name_or_path=str(base_model),
+        base_model_name_or_path=name,
         revision=base_revision,
         base_model_type=hf_config.model_type.removeprefix(PREFIX),
         base_hidden_size=hf_config.hidden_size,

@@ -68,7 +68,7 @@ def test_hyper_connections_alone_in_a_folder(licensed_base, tmp_path):
     config = configurations("llama")[0]
     config.num_hidden_layers = 2
     make_model(config).save_pretrained(tmp_path / "shorter")
-    with pytest.raises(ValueError, match=r"must hold 'model\.layers\.2.*' with shape None"):
+    with pytest.raises(ValueError, match=r"must be the base that .* were made for, .*embed_tokens"):
         load_hyper_connections(path, base_model=tmp_path / "shorter")
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="must be a complete safetensors file"):
