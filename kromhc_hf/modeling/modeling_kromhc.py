@@ -49,6 +49,7 @@ class HyperConnectedModel(Shareable):
     """Mixed in front of every transformers model class between the root and the decoder layers."""
 
     backbone_class: ClassVar[type[PreTrainedModel]]
+    config_class: ClassVar[type[KromHCConfig]]
     auto_class: ClassVar[Any] = None
     # From the model that holds the decoder layers to them; None in the models around it.
     hc_layers_path: str | None = None
@@ -68,6 +69,13 @@ class HyperConnectedModel(Shareable):
         # A head that builds its base model through AutoModel finds it connected already.
         if not decoder.connected:
             install(check_layers(decoder), config)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # By what the class is generated from, as not every class has a name that an Auto class knows it by. A class
+        # that was derived from it, by users or torch, goes by its own name.
+        if "backbone_class" not in vars(type(self)):
+            return super().__reduce_ex__(protocol)
+        return _restored, (self.backbone_class, self.config_class), vars(self)
 
     @classmethod
     def class_for(cls, config: Any) -> type[Any]:
@@ -260,6 +268,14 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     mirror_weight_conversion(name, new_name)
     mirror_weight_conversion(model_type, config_type.model_type)
     return type(new_name, (next(faces, HyperConnectedModel), backbone_class), namespace)
+
+
+def _restored(backbone_class: Any, config_type: Any) -> Any:
+    """A pickled model, before its attributes come."""
+    cls: Any = model_class(backbone_class, config_type)
+    model = cls.__new__(cls)
+    record_outputs_of(model)
+    return model
 
 
 def __getattr__(name: str) -> Any:
