@@ -148,15 +148,16 @@ class AdaptedModel:
         Raises:
             ValueError: if a layer is not where it was.
         """
-        layers = [] if self.hc_layers_path is None else attribute(self, self.hc_layers_path)
-        for position, layer in enumerate(map(connected_layer, layers)):
+        listed = () if self.hc_layers_path is None else attribute(self, self.hc_layers_path)
+        layers: list[Any] = [connected_layer(layer) for layer in listed]
+        for position, layer in enumerate(layers):
             modules = layer.site.hyper_connection_adapters.values() if isinstance(layer, AdaptedLayer) else ()
             for module in modules:
                 if module.branch_index != position * len(layer.spec.names):
                     raise ValueError(
                         f"an adapter must be saved with the layers that it was made for; layer {position} has stood "
-                        f"at {module.branch_index // len(layer.spec.names)}. Use adapter_to_model(model) and save the "
-                        "full model."
+                        f"at {module.branch_index // len(layer.spec.names)}. Put them back, or change the layers "
+                        "of the plain base and add the adapter afterwards."
                     )
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
