@@ -151,7 +151,7 @@ class AdaptedModel:
         listed = () if self.hc_layers_path is None else attribute(self, self.hc_layers_path)
         layers: list[Any] = [connected_layer(layer) for layer in listed]
         for position, layer in enumerate(layers):
-            modules = layer.site.hyper_connection_adapters.values() if isinstance(layer, AdaptedLayer) else ()
+            modules: Any = layer.site.hyper_connection_adapters.values() if isinstance(layer, AdaptedLayer) else ()
             for module in modules:
                 if module.branch_index != position * len(layer.spec.names):
                     raise ValueError(
