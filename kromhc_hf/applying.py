@@ -7,9 +7,11 @@ from transformers.modeling_utils import PreTrainedModel
 from .modeling.configuration_kromhc import KromHCConfig
 from .modeling.connection_plan import find_decoder, plan_connections
 from .modeling.decoder_layer import HyperConnectedLayer
+from .modeling.installation import install, uninstall
 from .modeling.layer_fit import check_own_forward
-from .modeling.modeling_kromhc import HyperConnectedModel, install, uninstall
+from .modeling.modeling_kromhc import HyperConnectedModel, model_class
 from .modeling.options import StreamKeywords, StreamOptions, given_options, show_options
+from .whole_models import check_whole
 
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ def apply_hyper_connections(model: Any, *positional: Any, **options: "Unpack[Str
         The same model object, now of the class with hyper-connections.
 
     Raises:
-        ValueError: if the model already has hyper-connections, its family is not supported, or an option is wrong.
+        ValueError: if the model already has hyper-connections or is a part of another, its family is not supported, or
+            an option is wrong.
     """
     stream_options = StreamOptions(**given_options(positional, options))
     if not isinstance(model, PreTrainedModel):
@@ -43,10 +46,11 @@ def apply_hyper_connections(model: Any, *positional: Any, **options: "Unpack[Str
             f"{type(model).__name__} already has hyper-connections with num_streams={model.config.hc_num_streams}. "
             "Call remove_hyper_connections(model) first."
         )
+    check_whole(model)
     plan = plan_connections(model)
     config = KromHCConfig(backbone_config=model.config, **stream_options.as_fields())
     replace_config(model, config)
-    install(plan, config)
+    install(plan, config, model_class)
     return model
 
 

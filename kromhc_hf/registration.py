@@ -11,10 +11,11 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from .modeling.configuration_kromhc import PREFIX, KromHCConfig
 from .modeling.layer_fit import supported_model_types
 from .modeling.modeling_kromhc import FACES, model_class
+from .whole_models import guard_saving
 
 
 def register() -> None:
-    """Registers all supported families with AutoConfig, AutoTokenizer and the AutoModel classes."""
+    """Registers all supported families with AutoConfig, AutoTokenizer and the AutoModel classes, and guards saving."""
     for model_type in supported_model_types():
         # Not AutoConfig.register: it needs the class, and the class needs the family's module.
         face: Any = KromHCConfig
@@ -22,6 +23,7 @@ def register() -> None:
         if model_type in TOKENIZER_MAPPING_NAMES:
             TOKENIZER_MAPPING_NAMES[PREFIX + model_type] = TOKENIZER_MAPPING_NAMES[model_type]
     KromHCConfig.on_new_class.append(_register_models)
+    guard_saving()
 
 
 def _register_models(config_type: type[KromHCConfig]) -> None:

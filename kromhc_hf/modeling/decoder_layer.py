@@ -120,7 +120,10 @@ class HyperConnectedLayer(nn.Module):
         return readout.join(streams)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Generated classes have no importable name: what they are generated from is pickled instead.
+        # Generated classes have no importable name: what they are generated from is pickled instead. Those that users
+        # or torch derive from them are not ours to restore.
+        if "layer_class" not in vars(type(self)):
+            return super().__reduce_ex__(protocol)
         return _restored, (self.layer_class, self.spec, tuple(self.arguments.items())), self.__dict__
 
     def run_step(self, step: Step, branch_input: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:

@@ -7,7 +7,7 @@ The way from config.json to a running model:
 2. The Auto class asks for `KromHCLlamaForCausalLM(KromHCForCausalLM, LlamaForCausalLM)`, which `model_class` generates.
 3. Its `__init__` has the family build its own model. `find_decoder` finds the decoder layers, and `check_layers` holds
    each against the row of the family (connection_plan.py, layer_fit.py, families.py in the words of layer_spec.py).
-4. `install` gives layers and models their classes with hyper-connections (decoder_layer.py, hyper_connection.py).
+4. `install` gives layers and models their classes with hyper-connections (installation.py, decoder_layer.py).
 5. transformers fills in the weights: the family's under their own names, ours from a checkpoint or `_init_weights`.
 6. In a forward the first layer makes streams, every branch reads and writes them through kernels.py, and the last layer
    reads them out (stream_ends.py); model_forward.py does that for the hidden states that are recorded on the way.
@@ -29,10 +29,9 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .arrangement import arrange, check_complete
+from .arrangement import check_complete
 from .configuration_kromhc import KromHCConfig, config_class, config_class_named
-from .connection_plan import ConnectionPlan, Decoder, check_layers, find_decoder
-from .decoder_layer import connect_layer, disconnect_layer
+from .connection_plan import check_layers, find_decoder
 from .host import (
     class_for_task,
     class_names_for_task,
@@ -42,6 +41,7 @@ from .host import (
     mirror_weight_conversion,
     record_outputs_of,
 )
+from .installation import install
 from .layer_fit import supported_model_types
 from .model_forward import with_readout
 from .remote_code import Shareable, class_name
@@ -52,6 +52,7 @@ class HyperConnectedModel(Shareable):
     """Mixed in front of every transformers model class between the root and the decoder layers."""
 
     backbone_class: ClassVar[type[PreTrainedModel]]
+    config_class: ClassVar[type[KromHCConfig]]
     auto_class: ClassVar[Any] = None
     # From the model that holds the decoder layers to them; None in the models around it.
     hc_layers_path: str | None = None
@@ -70,7 +71,14 @@ class HyperConnectedModel(Shareable):
         decoder = find_decoder(self)
         # A head that builds its base model through AutoModel finds it connected already.
         if not decoder.connected:
-            install(check_layers(decoder), config)
+            install(check_layers(decoder), config, model_class)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # By what the class is generated from, as not every class has a name that an Auto class knows it by. A class
+        # that was derived from it, by users or torch, goes by its own name.
+        if "backbone_class" not in vars(type(self)):
+            return super().__reduce_ex__(protocol)
+        return _restored, (self.backbone_class, self.config_class), vars(self)
 
     @classmethod
     def class_for(cls, config: Any) -> type[Any]:
@@ -223,44 +231,6 @@ FACES = (
 )
 
 
-def install(plan: ConnectionPlan, config: Any) -> None:
-    """Carries a checked plan out: every owner and every layer gets the class with hyper-connections, in place.
-
-    The modules hold `config`, a KromHCConfig, already.
-    """
-    owners, layers, path, _ = plan.decoder
-    options, before = config.stream_options(), {type(layer).__name__ for layer in layers}
-    for position, (layer, spec) in enumerate(zip(layers, plan.specs)):
-        connect_layer(layer, spec, config, options, position)
-    arrange(layers, owners[-1].config)
-    added = plan.decoder.added_names
-    for owner in owners:
-        if not isinstance(owner, HyperConnectedModel):
-            owner.__class__ = model_class(type(owner), type(config))
-        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *added}
-        _tell_transformers(owner, before, layers)
-    owners[-1].hc_layers_path = path
-
-
-def uninstall(decoder: Decoder) -> None:
-    """The inverse of `install`: the family's own classes again; the modules hold the family's configuration already."""
-    before, added = {type(layer).__name__ for layer in decoder.layers}, decoder.added_names
-    for layer in decoder.layers:
-        disconnect_layer(layer)
-    del decoder.owners[-1].hc_layers_path
-    for owner in decoder.owners:
-        owner.__class__ = owner.backbone_class
-        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - added
-        _tell_transformers(owner, before, decoder.layers)
-
-
-def _tell_transformers(owner: Any, before: set[str], layers: Any) -> None:
-    """What transformers knows by class: which outputs are recorded, and which layers are not to be split."""
-    record_outputs_of(owner)
-    # FSDP wrapping refuses a name that no module of the model has, so the one from before goes.
-    owner._no_split_modules = {*(owner._no_split_modules or ())} - before | {type(layer).__name__ for layer in layers}
-
-
 def model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     """The class with hyper-connections for one of a family's model classes, `LlamaModel` -> `KromHCLlamaModel`.
 
@@ -286,6 +256,14 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     mirror_weight_conversion(name, new_name)
     mirror_weight_conversion(model_type, config_type.model_type)
     return type(new_name, (next(faces, HyperConnectedModel), backbone_class), namespace)
+
+
+def _restored(backbone_class: Any, config_type: Any) -> Any:
+    """A pickled model, before its attributes come."""
+    cls: Any = model_class(backbone_class, config_type)
+    model = cls.__new__(cls)
+    record_outputs_of(model)
+    return model
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from ..modeling.arrangement import arrange
+from ..modeling.arrangement import arrange, connected_layer
 from ..modeling.connection_plan import Decoder
 from ..modeling.decoder_layer import (
     END_NAMES,
@@ -19,8 +19,9 @@ from ..modeling.decoder_layer import (
     layer_arguments,
     layer_namespace,
 )
+from ..modeling.host import record_outputs_of
 from ..modeling.hyper_connection import Mappings, has_hooks
-from ..modeling.layer_spec import LayerSpec
+from ..modeling.layer_spec import LayerSpec, attribute
 from ..modeling.model_forward import with_readout
 from ..modeling.options import StreamOptions
 from ..modeling.stream_module import StreamModule
@@ -130,6 +131,8 @@ class AdaptedLayer(HyperConnectedLayer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Adapted classes have the names of others: what they are generated from is pickled instead.
+        if "layer_class" not in vars(type(self)):
+            return super().__reduce_ex__(protocol)
         return _restored_layer, (self.layer_class, self.spec, tuple(self.arguments.items())), self.__dict__
 
 
@@ -139,7 +142,28 @@ class AdaptedModel:
     backbone_class: ClassVar[type]
     hc_layers_path: str | None = None
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What PEFT saves an adapter from, which belongs to the layers that it was made for.
+
+        Raises:
+            ValueError: if a layer is not where it was.
+        """
+        listed = () if self.hc_layers_path is None else attribute(self, self.hc_layers_path)
+        layers: list[Any] = [connected_layer(layer) for layer in listed]
+        for position, layer in enumerate(layers):
+            modules: Any = layer.site.hyper_connection_adapters.values() if isinstance(layer, AdaptedLayer) else ()
+            for module in modules:
+                if module.branch_index != position * len(layer.spec.names):
+                    raise ValueError(
+                        f"an adapter must be saved with the layers that it was made for; layer {position} has stood "
+                        f"at {module.branch_index // len(layer.spec.names)}. Put them back, or change the layers "
+                        "of the plain base and add the adapter afterwards."
+                    )
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if "backbone_class" not in vars(type(self)):
+            return super().__reduce_ex__(protocol)
         return _restored_model, (self.backbone_class,), self.__dict__
 
 
@@ -165,7 +189,9 @@ def _restored_layer(*made_from: Any) -> Any:
 
 def _restored_model(backbone_class: Any) -> Any:
     model_class: Any = _adapted_model_class(backbone_class)
-    return model_class.__new__(model_class)
+    model = model_class.__new__(model_class)
+    record_outputs_of(model)
+    return model
 
 
 def _same_name(cls: type) -> dict[str, str]:

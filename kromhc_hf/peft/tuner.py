@@ -5,6 +5,8 @@ Imported when peft is (see registration.py), and makes itself known to it then.
 
 import functools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -140,6 +142,22 @@ class HyperConnectionTuner(BaseTuner):
                 if getattr(target, name) is None:
                     target.register_module(name, StreamSite())
                 getattr(target, name).add(adapter_name, module, options)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuses what PEFT takes beside the arguments of the model, and would drop.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        for name in ("adapter_names", "alora_offsets"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} must not be given with an adapter of hyper-connections, which has one set of streams for "
+                    f"the whole batch; got {kwargs[name]!r}. Run the rows of each adapter by themselves, after "
+                    "set_adapter(...)."
+                )
+        yield
 
     def _check_merge_allowed(self) -> None:
         refuse_merge()

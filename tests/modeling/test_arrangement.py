@@ -184,7 +184,7 @@ def test_a_connected_layer_in_a_plain_model():
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
-def test_layers_with_adapters(model_type):
+def test_layers_with_adapters(model_type, tmp_path):
     from peft import get_peft_model
 
     base = family_model(model_type)
@@ -202,6 +202,16 @@ def test_layers_with_adapters(model_type):
     expected = logits(reordered_before(full, order, num_streams=4))
     reorder(base, order)
     assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match="must be saved with the layers that it was made for; layer 1 has stood at 2"):
+        model.save_pretrained(tmp_path)
+
+
+def test_hooks_see_streams_between_the_layers():
+    model, shapes = connected(0.3), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, out: shapes.append((args[0].dim(), out.dim())))
+    logits(model)
+    assert shapes == [(3, 4), (4, 4), (4, 3)]
 
 
 def test_wrapped_layers_and_a_readout_after_the_norm():

@@ -219,3 +219,14 @@ def test_hyper_connections_cannot_be_applied_below_an_adapter():
     get_peft_model(base, adapter_config())
     with pytest.raises(ValueError, match="must not have an attribute 'attn_hc' yet"):
         apply_hyper_connections(base)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_mixed_batches_are_refused(call):
+    model = get_peft_model(base_model("gpt2"), adapter_config()).eval()
+    model.add_adapter("other", adapter_config(num_streams=2))
+    ids = token_ids(model.config)
+    for name in ("adapter_names", "alora_offsets"):
+        with pytest.raises(ValueError, match=f"{name} must not be given .*one set of streams for the whole batch"):
+            getattr(model, call)(input_ids=ids, **{name: ["default", "__base__"]})
+    assert model(input_ids=ids, adapter_names=None).logits.shape[:2] == ids.shape

@@ -81,7 +81,7 @@ def test_what_travels_is_the_folder():
 # Verbs and their inverses, by the module that both stand in.
 INVERSES = {
     "applying": ("apply_hyper_connections", "remove_hyper_connections"),
-    "modeling.modeling_kromhc": ("install", "uninstall"),
+    "modeling.installation": ("install", "uninstall"),
     "modeling.decoder_layer": ("connect_layer", "disconnect_layer"),
     "training": ("hyper_connection_state_dict", "load_hyper_connection_state_dict"),
     "conversion.hyper_connection_file": ("save_hyper_connections", "load_hyper_connections"),

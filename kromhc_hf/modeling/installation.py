@@ -1,0 +1,48 @@
+# Code of kromhc-hf, which travels with every model that it saves.
+"""Hyper-connections put into the layers and models of a checked plan, and taken out again."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .arrangement import arrange
+from .connection_plan import ConnectionPlan, Decoder
+from .decoder_layer import connect_layer, disconnect_layer
+from .host import record_outputs_of
+
+
+def install(plan: ConnectionPlan, config: Any, model_class: Callable[[Any, Any], Any]) -> None:
+    """Carries a checked plan out: every owner and every layer gets the class with hyper-connections, in place.
+
+    The modules hold `config`, a KromHCConfig, already; `model_class` makes the class of an owner that has its own.
+    """
+    owners, layers, path, _ = plan.decoder
+    options, before = config.stream_options(), {type(layer).__name__ for layer in layers}
+    for position, (layer, spec) in enumerate(zip(layers, plan.specs)):
+        connect_layer(layer, spec, config, options, position)
+    arrange(layers, owners[-1].config)
+    added = plan.decoder.added_names
+    for owner in owners:
+        if not hasattr(owner, "backbone_class"):
+            owner.__class__ = model_class(type(owner), type(config))
+        owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *added}
+        _tell_transformers(owner, before, layers)
+    owners[-1].hc_layers_path = path
+
+
+def uninstall(decoder: Decoder) -> None:
+    """The inverse of `install`: the family's own classes again; the modules hold the family's configuration already."""
+    before, added = {type(layer).__name__ for layer in decoder.layers}, decoder.added_names
+    for layer in decoder.layers:
+        disconnect_layer(layer)
+    del decoder.owners[-1].hc_layers_path
+    for owner in decoder.owners:
+        owner.__class__ = owner.backbone_class
+        owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - added
+        _tell_transformers(owner, before, decoder.layers)
+
+
+def _tell_transformers(owner: Any, before: set[str], layers: Any) -> None:
+    """What transformers knows by class: which outputs are recorded, and which layers are not to be split."""
+    record_outputs_of(owner)
+    # FSDP wrapping refuses a name that no module of the model has, so the one from before goes.
+    owner._no_split_modules = {*(owner._no_split_modules or ())} - before | {type(layer).__name__ for layer in layers}
