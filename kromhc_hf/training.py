@@ -158,9 +158,9 @@ def hyper_connection_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def gathered(parameter: Tensor) -> Tensor:
     """The whole of a parameter, which FSDP2 or ZeRO-3 may have spread over the ranks; then all of them must ask."""
     if hasattr(parameter, "ds_shape"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     tensor: Any = parameter.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
