@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser evidence conformance clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance deepspeed clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -51,5 +51,14 @@ evidence: $(READY)
 conformance: $(READY)
 	$(BIN)/python tests/conformance/run.py --write docs/conformance.md
 
+# The tests under DeepSpeed, which makes every import of accelerate slower and wants a compiler.
+deepspeed: .venv-deepspeed/.ready
+	.venv-deepspeed/bin/python -m pytest tests/test_deepspeed.py
+
+.venv-deepspeed/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-deepspeed
+	.venv-deepspeed/bin/pip install --constraint constraints.txt --editable . accelerate pytest deepspeed
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-deepspeed demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

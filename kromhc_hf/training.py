@@ -43,7 +43,7 @@ def optimizer_param_groups(
     norms and biases are not. Frozen parameters are left out, and so are groups without parameters.
 
     Args:
-        model: a model with hyper-connections, also wrapped in PEFT, DDP, FSDP2 or torch.compile.
+        model: a model with hyper-connections, also in PEFT, DDP, FSDP2 or torch.compile, or partitioned by ZeRO-3.
         lr: learning rate of the backbone.
         hyper_connection_lr: learning rate of the hyper-connections, `30 * lr` if None.
         weight_decay: for the matrices of the backbone.
@@ -60,8 +60,8 @@ def optimizer_param_groups(
     backbone = [parameter for parameter in trainable if id(parameter) not in own]
     hyper_connection_lr = LEARNING_RATE_RATIO * lr if hyper_connection_lr is None else hyper_connection_lr
     groups = [
-        ("backbone", [p for p in backbone if p.dim() > 1], lr, weight_decay),
-        ("backbone_without_decay", [p for p in backbone if p.dim() <= 1], lr, 0.0),
+        ("backbone", [p for p in backbone if len(whole_shape(p)) > 1], lr, weight_decay),
+        ("backbone_without_decay", [p for p in backbone if len(whole_shape(p)) <= 1], lr, 0.0),
         ("hyper_connections", [p for p in trainable if id(p) in own], hyper_connection_lr, 0.0),
     ]
     if not trainable:
@@ -74,6 +74,11 @@ def optimizer_param_groups(
         for name, params, rate, decay in groups
         if params
     ]
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, also where DeepSpeed ZeRO-3 has left an empty one in its place."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class HyperConnectionTrainerMixin:
@@ -134,7 +139,7 @@ def hyper_connection_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the hyper-connections alone, under the keys that they have in the unwrapped model's state dict.
 
     A few MB that, with the base checkpoint, make the whole model again: see `load_hyper_connection_state_dict`.
-    Sharded tensors are gathered, so with FSDP2 call it on every rank.
+    Sharded tensors are gathered, so with FSDP2 and ZeRO-3 call it on every rank.
 
     Raises:
         ValueError: if the model has no hyper-connections.
@@ -142,14 +147,28 @@ def hyper_connection_state_dict(model: nn.Module) -> dict[str, Tensor]:
     hyper_connection_parameters(model)
     model = unwrapped(model)
     tensors = {
-        f"{path}.{name}": parameter.detach()
+        f"{path}.{name}": gathered(parameter)
         for path, module in model.named_modules()
         if isinstance(module, StreamModule)
         for name, parameter in module.named_parameters()
     }
-    return {
-        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()
-    }
+    return tensors
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """The whole of a parameter, which FSDP2 or ZeRO-3 may have spread over the ranks; then all of them must ask."""
+    if hasattr(parameter, "ds_shape"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    tensor: Any = parameter.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded(parameter: Tensor) -> bool:
+    """Whether this rank holds a part of a parameter alone."""
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_shape")
 
 
 def load_hyper_connection_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], source: Any) -> None:
@@ -164,7 +183,7 @@ def load_hyper_connection_state_dict(model: nn.Module, tensors: Mapping[str, Ten
         ValueError: naming the first tensor that is missing, unknown or of another shape, or if the model is sharded;
             nothing is changed then.
     """
-    if any(hasattr(parameter, "full_tensor") for parameter in hyper_connection_parameters(model)):
+    if any(map(sharded, hyper_connection_parameters(model))):
         raise ValueError(
             f"{type(model).__name__} must not be sharded yet; got parameters that are spread over ranks. Load the "
             "hyper-connections first, then shard the model."
@@ -208,11 +227,15 @@ def shard_hyper_connections(model: nn.Module, mesh: Any = None) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: if the model has no hyper-connections.
+        ValueError: if the model has no hyper-connections, or DeepSpeed has partitioned it.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    hyper_connection_parameters(model)
+    if any(hasattr(parameter, "ds_shape") for parameter in hyper_connection_parameters(model)):
+        raise ValueError(
+            f"{type(model).__name__} must not be partitioned by DeepSpeed ZeRO-3, which shards hyper-connections as "
+            "they are. Leave shard_hyper_connections, which is for FSDP2, out."
+        )
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in model.modules():
         if isinstance(module, StreamModule):

@@ -10,10 +10,12 @@ from kromhc_hf import (
     HyperConnectionTrainerMixin,
     KromHCConfig,
     KromHCForCausalLM,
+    apply_hyper_connections,
     freeze_backbone,
     hyper_connection_state_dict,
     load_hyper_connection_state_dict,
     optimizer_param_groups,
+    shard_hyper_connections,
 )
 from kromhc_hf.training import hyper_connection_parameters
 
@@ -43,6 +45,40 @@ def test_groups_hold_every_parameter_once(model_type):
     assert {parameter.dim() for parameter in groups[0]["params"]} == {2}
     assert {parameter.dim() for parameter in groups[1]["params"]} == {1}
     torch.optim.AdamW(groups).step()
+
+
+def partitioned(model):
+    """As DeepSpeed's zero.Init leaves parameters: empty, with the shape of the whole in an attribute."""
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, parameter.new_empty(0)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_groups_of_a_partitioned_model_are_those_of_the_whole(model_type):
+    whole = retrofitted(model_type)
+    expected = [names(whole, group["params"]) for group in optimizer_param_groups(whole, lr=1e-4)]
+    model = partitioned(retrofitted(model_type))
+    assert [names(model, group["params"]) for group in optimizer_param_groups(model, lr=1e-4)] == expected
+    assert len(expected) == 3
+
+
+def test_what_cannot_be_done_with_a_partitioned_model_is_refused():
+    tensors, model = hyper_connection_state_dict(retrofitted()), partitioned(retrofitted())
+    with pytest.raises(ValueError, match="must not be sharded yet"):
+        load_hyper_connection_state_dict(model, tensors, "a test")
+    with pytest.raises(ValueError, match="must not be partitioned by DeepSpeed ZeRO-3"):
+        shard_hyper_connections(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_partitions_in_16_bits_are_refused_and_left_alone(model_type, dtype):
+    model = partitioned(make_model(configurations(model_type)[0], dtype))
+    kind, keys = type(model), list(model.state_dict())
+    with pytest.raises(ValueError, match=rf"ZeRO-3 keeps all parameters in one dtype.*got {dtype}.*torch_autocast"):
+        apply_hyper_connections(model)
+    assert (type(model), list(model.state_dict())) == (kind, keys)
 
 
 def test_groups_of_given_rates_and_wrapped_models():

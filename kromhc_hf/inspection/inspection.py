@@ -13,7 +13,7 @@ from ..conversion.stored_model import StoredModel
 from ..modeling.mixing import doubly_stochastic_error
 from ..modeling.options import OPTIONS
 from ..modeling.variants import VARIANTS, make_mixing
-from ..training import hyper_connection_parameters
+from ..training import hyper_connection_parameters, whole_shape
 from .recording import BranchRecord, record_mappings
 from .statistics import composite_products, stream_statistics
 
@@ -218,7 +218,7 @@ def inspect_model(model: Any, input_ids: Tensor, tokens: Sequence[str] | None = 
         variant=model.config.hc_variant,
         num_streams=model.config.hc_num_streams,
         dynamic=model.config.hc_dynamic,
-        added_parameters=sum(parameter.numel() for parameter in hyper_connection_parameters(model)),
+        added_parameters=sum(whole_shape(p).numel() for p in hyper_connection_parameters(model)),
         tokens=tuple(map(str, input_ids[0].tolist())) if tokens is None else tuple(tokens),
         records={branch: BranchRecord(*(part.cpu() for part in record)) for branch, record in records.items()},
     )

@@ -96,8 +96,24 @@ def check_layers(decoder: Decoder) -> ConnectionPlan:
             f"the model must have config.num_hidden_layers = {expected} decoder layers, since the last one reads "
             f"the streams out; got {len(layers)}. Set config.num_hidden_layers = {len(layers)}."
         )
+    check_partitioned_dtype(layers)
     check_distinct(layers)
     return ConnectionPlan(decoder, [fit_layer(layer, decoder.candidates, i) for i, layer in enumerate(layers)])
+
+
+def check_partitioned_dtype(model: nn.Module) -> None:
+    """Refuses parameters of 16 bits that DeepSpeed ZeRO-3 has partitioned: all of its parameters have one dtype.
+
+    Raises:
+        ValueError: with the settings that keep hyper-connections in fp32.
+    """
+    narrow = next((p.dtype for p in model.parameters() if hasattr(p, "ds_shape") and p.dtype.itemsize < 4), None)
+    if narrow is not None:
+        raise ValueError(
+            f"DeepSpeed ZeRO-3 keeps all parameters in one dtype, and those of hyper-connections must be fp32; got "
+            f'{narrow}. Set "bf16" and "fp16" to {{"enabled": false}} in the configuration of DeepSpeed, and '
+            '"torch_autocast" to {"enabled": true, "dtype": "bfloat16"} for low precision.'
+        )
 
 
 def present_plan(decoder: Decoder) -> ConnectionPlan:
