@@ -19,7 +19,7 @@ from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.decoder_layer import HyperConnectedLayer
 from ..modeling.stream_ends import expand, mean_of_streams
 from .stored_model import StoredModel, head_output
-from .stored_tensors import quantization_of
+from .stored_tensors import check_tensors, quantization_of
 
 
 class LayerwiseModel:
@@ -41,7 +41,6 @@ class LayerwiseModel:
                 f"quantised ({method}), and the whole model is what unpacks them. Verify it in one piece: leave layers "
                 "out (kromhc verify without --layers)."
             )
-        stored.check()
         self.source = stored.tensors()
         chosen = self.source.dtype(stored.config) if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
@@ -52,6 +51,7 @@ class LayerwiseModel:
         dtype_plan = self.model._get_dtype_plan(self.dtype)
         self.loading = LoadStateDictConfig(dtype=self.dtype, dtype_plan=dtype_plan, weight_mapping=conversions)
         pattern = re.compile(rf"(?:^|\.){re.escape(self.specs[0].layers)}\.(\d+)\.")
+        check_tensors(stored.skeleton(), self.source, only=pattern)
         found = {name: pattern.search(name) for name in self.source.names}
         self.names: dict[int | None, list[str]] = {}
         for name, match in found.items():

@@ -1,5 +1,6 @@
 """The tensors of a checkpoint folder, read when they are asked for, and whether they are those that a model needs."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,17 +75,21 @@ def quantization_of(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def check_tensors(model: Any, tensors: StoredTensors, besides: Collection[str] = ()) -> None:
-    """Refuses a checkpoint that lacks a tensor of a model, has one in another shape, or one that the model has not.
+def check_tensors(
+    model: Any, tensors: StoredTensors, besides: Collection[str] = (), only: re.Pattern[str] | None = None
+) -> None:
+    """Refuses a checkpoint that lacks a tensor of a model or has one in another shape.
 
-    Asked is the loader of transformers itself, with tensors that have no values: it knows about tied heads, merged
-    experts, and what a family leaves out. Of a quantised checkpoint, whose tensors have other names and shapes, only
-    modules without any tensor are seen.
+    One that the model has not, such as a value head or a mask that releases long ago saved, does no harm: transformers
+    reports it and leaves it out. Asked is the loader of transformers itself, with tensors that have no values: it knows
+    about tied heads, merged experts, and what a family leaves out. Of a quantised checkpoint, whose tensors have other
+    names and shapes, only modules without any tensor are seen.
 
     Args:
         model: on the meta device, where its parameters stay.
         tensors: the checkpoint.
-        besides: the names of tensors that the model has and the checkpoint need not have.
+        besides: the names of tensors that the model has and the checkpoint must not have.
+        only: tensors by these names must be the model's, where whoever reads them knows of no others.
 
     Raises:
         ValueError: naming the tensors.
@@ -97,10 +102,12 @@ def check_tensors(model: Any, tensors: StoredTensors, besides: Collection[str] =
         )
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
-    unexpected = set(info.unexpected_keys) | (stored.keys() & set(besides))
+    unexpected = stored.keys() & set(besides)
+    if only is not None:
+        unexpected |= {name for name in info.unexpected_keys if only.search(name)}
     missing = set(info.missing_keys) - set(besides)
     if quantized:
-        present = {*stored, *unexpected}
+        present = {*stored, *info.unexpected_keys}
         missing = {name for name in missing if not _has_tensor(present, name.rpartition(".")[0])}
     problems = {"it lacks": sorted(missing)}
     if not quantized:

@@ -33,17 +33,26 @@ SPOILT = {
         lambda t: t.update({"lm_head.weight": torch.zeros(98, 32)}),
         r"another shape lm_head.weight \[98, 32\], not \[99, 32\]",
     ),
-    "unknown": (
-        "llama",
-        lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.zeros(48, 32)}),
-        "it has beside them model.layers.3.mlp.up_proj.weight",
-    ),
     "hyper-connections": (
         "llama",
         lambda t: t.update({"model.layers.0.attn_hc.bias": torch.zeros(3)}),
         "beside them model.layers.0.attn_hc.bias",
     ),
 }  # fmt: skip
+
+
+def test_what_the_model_does_not_have_does_no_harm(tmp_path):
+    """Transformers leaves it out; run layer by layer, a tensor in a layer that nobody reads is refused."""
+    make_model(configurations("gpt2")[0]).save_pretrained(tmp_path / "base")
+    edit(tmp_path / "base", lambda t: t.update({"v_head.summary.weight": torch.zeros(1, 32)}))
+    assert convert_checkpoint(tmp_path / "base", tmp_path / "one", verify=True).bitwise_equal
+    assert verify_conversion(tmp_path / "base", tmp_path / "one", layers="all").bitwise_equal
+    name = "transformer.h.1.attn.masked_bias"
+    edit(tmp_path / "base", lambda t: t.update({name: torch.zeros(1)}))
+    assert convert_checkpoint(tmp_path / "base", tmp_path / "two", verify=True).bitwise_equal
+    assert name in load_file(tmp_path / "two/model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match=f"it has beside them {name}"):
+        verify_conversion(tmp_path / "base", tmp_path / "two", layers="all")
 
 
 @pytest.mark.parametrize("kind", SPOILT)

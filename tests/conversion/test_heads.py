@@ -83,9 +83,15 @@ def test_a_head_that_is_not_in_the_checkpoint_is_never_made_up(base, tmp_path, n
 
 
 def test_a_bare_model_does_not_drop_a_head(base, tmp_path):
+    """Of a checkpoint with a head that is called a bare model all is kept: the head can be loaded as before."""
+    expected = AutoModelForCausalLM.from_pretrained(base)
     name_class(base, "LlamaModel")
-    with pytest.raises(ValueError, match=r"LlamaModel; .* it has beside them lm_head\.weight\. .*which drops the rest"):
-        convert_checkpoint(base, tmp_path / "out")
+    report = convert_checkpoint(base, tmp_path / "out", verify=True)
+    assert (report.bitwise_equal, report.output) == (True, "last hidden state")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    tokens = token_ids(expected.config)
+    assert torch.equal(loaded(tokens).logits, expected(tokens).logits)
 
 
 def test_a_head_without_an_auto_class(tmp_path):
