@@ -36,8 +36,9 @@ def _parents(model: Any) -> list[Any]:
     while new:
         classes |= new
         new = {subclass for cls in new for subclass in cls.__subclasses__()} - classes
-    # Asking for the type alone is fast and wakes no lazy object.
-    others = [found for found in gc.get_objects() if type(found) in classes and found is not model]
+    # Asking for the type alone is fast and wakes no lazy object. One that failed while it was made has no modules.
+    found = [other for other in gc.get_objects() if type(other) in classes and other is not model]
+    others = [other for other in found if "_modules" in vars(other)]
     return [other for other in others if any(module is model for module in other.modules())]
 
 

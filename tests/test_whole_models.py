@@ -15,6 +15,8 @@ from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    LlamaForCausalLM,
+    LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     SiglipVisionConfig,
@@ -110,3 +112,11 @@ def test_models_with_adapters_are_saved_as_before(tmp_path):
     model.unload().save_pretrained(tmp_path / "base")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), base.parameters()))
+
+
+def test_a_model_that_failed_while_it_was_made_is_passed_over():
+    """A notebook keeps what an exception held."""
+    held = LlamaForCausalLM.__new__(LlamaForCausalLM)
+    model = LlamaModel(configurations("llama")[0])
+    assert has_hyper_connections(apply_hyper_connections(model))
+    assert "_modules" not in vars(held)

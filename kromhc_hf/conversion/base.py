@@ -178,21 +178,33 @@ def _fingerprint(path: Path) -> Fingerprint:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _checked_config(folder: Path) -> dict[str, Any]:
-    """The content of config.json, which must be that of a full model without hyper-connections."""
+def model_content(folder: Path) -> dict[str, Any]:
+    """The content of config.json of a full model.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the folder has an adapter in it, or the file names code of another repository.
+    """
     refuse_adapter(folder)
     path = folder / "config.json"
     if not path.is_file():
         instead = instead_of_weights(file_names(folder))
-        raise FileNotFoundError(f"source must be a checkpoint of transformers; {folder} has no config.json{instead}")
+        raise FileNotFoundError(f"a model of transformers must have a config.json; {folder} has none{instead}")
     content = read_json(path)
-    model_type = content.get("model_type", "")
+    if not str(content.get("model_type")).startswith(PREFIX):
+        check_base_config(content, path)
+    return content
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json, which must be that of a full model without hyper-connections."""
+    content = model_content(folder)
+    model_type = str(content.get("model_type", ""))
     if model_type.startswith(PREFIX):
         raise ValueError(
             f"source must be a checkpoint without hyper-connections; {folder} has been converted already "
             f"(model_type {model_type!r}). Convert its base model instead."
         )
-    check_base_config(content, path)
     return content
 
 

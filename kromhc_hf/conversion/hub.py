@@ -12,8 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..modeling.configuration_kromhc import PREFIX, KromHCConfig
 from ..modeling.model_card import model_card
+from .base import model_content
 from .files import CARD, REPLACED_WEIGHTS, may_write_card
-from .stored_model import model_content
 
 
 def push_checkpoint(

@@ -13,22 +13,25 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ..applying import apply_hyper_connections, has_hyper_connections
 from ..modeling.configuration_kromhc import ORIGIN
 from ..modeling.model_card import model_card
+from ..modeling.modeling_kromhc import FACES, KromHCForCausalLM
 from ..modeling.options import OPTIONS
 from ..training import hyper_connection_state_dict, load_hyper_connection_state_dict
 from .base import HUB_ID
 from .files import CARD, may_write_card, refuse_revision
 from .hub import upload
-from .loaded_base import BaseDigests, find_base
+from .loaded_base import BaseDigests, auto_class_of, find_base
 
 
 FILE = "hyper_connections.safetensors"
 DESCRIPTION = "kromhc"
 DIGESTS = "base_digests"
+# Files of earlier versions do not say; they are of causal language models.
+AUTO_CLASS = "auto_class"
+AUTO_CLASSES = {face.auto_class.__name__: face.auto_class for face in FACES}
 DESCRIPTION_KEYS = ("base_model", "base_revision", "model_type", "options")
 
 
@@ -118,7 +121,7 @@ def load_hyper_connections(
         base_model: where to load the base from instead of the id or folder that the file names.
         base_revision: of the repository of the base.
         token: of the Hub.
-        **kwargs: for `AutoModelForCausalLM.from_pretrained` of the base, such as `dtype`.
+        **kwargs: for `from_pretrained` of the base, such as `dtype`.
 
     Returns:
         The model with hyper-connections.
@@ -132,7 +135,8 @@ def load_hyper_connections(
     description, tensors = _read(path)
     if base_model is None:
         base_model, base_revision = description["base_model"], base_revision or description["base_revision"]
-    model = _load_base(path, base_model, revision=base_revision, token=token, **kwargs)
+    auto_class = AUTO_CLASSES.get(description.get(AUTO_CLASS, ""), KromHCForCausalLM.auto_class)
+    model = _load_base(path, base_model, auto_class, revision=base_revision, token=token, **kwargs)
     if model.config.model_type != description["model_type"]:
         raise ValueError(
             f"base_model must be of model_type {description['model_type']!r}, for which the hyper-connections in "
@@ -172,6 +176,7 @@ def _description(
         "base_model": base_model,
         "base_revision": base_revision,
         "model_type": config.backbone_config_class.model_type,
+        AUTO_CLASS: auto_class_of(model).__name__,
         "options": config.stream_options().to_dict(),
         DIGESTS: {"complete": digests.complete, "tensors": digests.tensors},
     }
@@ -180,7 +185,7 @@ def _description(
     return {"format": "pt", DESCRIPTION: json.dumps(description)}, model_card(config, name, weights="hyper-connections")
 
 
-def _load_base(path: Path, base_model: str | os.PathLike[str], **kwargs: Any) -> Any:
+def _load_base(path: Path, base_model: str | os.PathLike[str], auto_class: Any, **kwargs: Any) -> Any:
     """The base; what goes wrong is said with the name of the file that asks for it."""
     folder = Path(base_model)
     if folder.is_dir():
@@ -188,7 +193,7 @@ def _load_base(path: Path, base_model: str | os.PathLike[str], **kwargs: Any) ->
     reason = f"there is no such folder, seen from {Path.cwd()}, and it is no Hub id"
     if folder.is_dir() or HUB_ID.fullmatch(str(base_model)):
         try:
-            return AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
+            return auto_class.from_pretrained(base_model, **{"trust_remote_code": False, **kwargs})
         except OSError as error:
             seen = "" if folder.is_dir() else f"there is no such folder, seen from {Path.cwd()}, and as a Hub id: "
             reason = seen + str(error).splitlines()[0]

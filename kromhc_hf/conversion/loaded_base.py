@@ -15,7 +15,7 @@ from transformers.utils.hub import resolve_revision
 
 from ..modeling.configuration_kromhc import ORIGIN
 from ..modeling.stream_module import StreamModule
-from ..training import unwrapped
+from ..training import gathered, sharded, unwrapped
 from .base import HUB_ID
 from .files import find_weights, read_json, refuse_revision
 from .tensor_files import read_pickled
@@ -64,14 +64,15 @@ class BaseDigests:
 
     def first_difference(self, model: Any) -> str | None:
         """The name of the first tensor of a model that is another one here, None if it has the same base."""
-        present = dict(base_tensors(model))
-        for name, tensor in present.items():
+        present = set()
+        for name, tensor in base_tensors(model):
+            present.add(name)
             known = self.tensors.get(name, {})
             own = str(tensor.dtype).removeprefix("torch.")
             compared = own if own in known else next(iter(known), None)
             if compared and digest(tensor, DTYPES[compared]) != known[compared]:
                 return name
-        alone = sorted(present.keys() ^ self.tensors.keys()) if self.complete and is_complete(model) else []
+        alone = sorted(present ^ self.tensors.keys()) if self.complete and is_complete(model) else []
         return alone[0] if alone else None
 
 
@@ -127,11 +128,29 @@ def find_base(model: Any, base_model: str | None, base_revision: str | None) -> 
     return base_model, commit
 
 
+def auto_class_of(model: Any) -> Any:
+    """The Auto class that makes a model with hyper-connections and its head.
+
+    Raises:
+        ValueError: if none makes that head.
+    """
+    found = unwrapped(model).auto_class
+    if found is None:
+        raise ValueError(
+            f"the model must have a head that an Auto class makes, which loads its base; got {type(model).__name__}. "
+            "Save the whole model with save_pretrained."
+        )
+    return found
+
+
 def base_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The floating-point tensors of the base, whole; not those that cannot be read as such."""
+    """The floating-point tensors of the base, whole, one after the other; not those that cannot be read as such.
+
+    Sharded ones are gathered, so with FSDP2 and ZeRO-3 all ranks must ask.
+    """
     for name, tensor in _all_base_tensors(model):
         if _is_readable(tensor) and tensor.dtype in DTYPES.values():
-            yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            yield name, gathered(tensor)
 
 
 def is_complete(model: Any) -> bool:
@@ -149,9 +168,8 @@ def _all_base_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    """Not quantised, which is a subclass, nor offloaded to the meta device, nor partitioned by DeepSpeed."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) or hasattr(tensor, "full_tensor")
-    return plain and tensor.device.type != "meta" and not hasattr(tensor, "ds_id")
+    """Not quantised, which is a subclass, nor offloaded to the meta device."""
+    return (type(tensor) in (Tensor, torch.nn.Parameter) or sharded(tensor)) and tensor.device.type != "meta"
 
 
 def _first_stored_difference(model: Any, folder: Path) -> str | None:
@@ -159,14 +177,24 @@ def _first_stored_difference(model: Any, folder: Path) -> str | None:
 
     Tensors that a family stores under other names than it computes with are not compared.
     """
-    present = dict(base_tensors(model))
+    present = {name: (tensor.dtype, digest(tensor, tensor.dtype)) for name, tensor in base_tensors(model)}
     weights = find_weights(folder, read_json(folder / "config.json"))
+    # A base may be stored with or without its head, and by the names that it has there.
+    prefix, compared = f"{unwrapped(model).base_model_prefix}.", False
     for file in weights.files:
         stored = read_pickled(folder / file).items() if weights.pickled else _stored(folder / file)
         for name, tensor in stored:
-            own = present.get(name)
-            if own is not None and tensor.is_floating_point() and digest(tensor, own.dtype) != digest(own, own.dtype):
-                return name
+            here = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in present), None)
+            if here is None or not tensor.is_floating_point():
+                continue
+            compared, (dtype, own) = True, present[here]
+            if digest(tensor, dtype) != own:
+                return here
+    if not compared:
+        raise ValueError(
+            f"the base in {folder} must have tensors of the model to compare it with; there is none that both have and "
+            "that can be read. Save the whole model with save_pretrained."
+        )
     return None
 
 

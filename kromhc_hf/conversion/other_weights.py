@@ -35,10 +35,8 @@ def instead_of_weights(names: Iterable[str]) -> str:
     # Without names there is one `index` among the variants: model.safetensors.index.json is no variant.
     variants = {found[1] for name in names if (found := VARIANT.fullmatch(name))} - {"index"}
     if variants:
-        one = min(variants)
-        return (
-            f" but the variant {', '.join(sorted(variants))}. Take it: weight_variant={one!r}, --weight-variant {one}."
-        )
+        one, there = min(variants), f" but the variant {', '.join(sorted(variants))}"
+        return f"{there}. A base is converted and verified with weight_variant={one!r}, --weight-variant {one}."
     for suffix, (what, way_out) in FORMATS.items():
         found_names = [name for name in names if name.endswith(suffix) and "/" not in name]
         if found_names:
@@ -47,6 +45,6 @@ def instead_of_weights(names: Iterable[str]) -> str:
         name.removesuffix("/config.json") for name in names if name.count("/") == 1 and name.endswith("/config.json")
     ]
     if folders:
-        one = folders[0]
-        return f" but there is a checkpoint in {', '.join(folders)}. Take it: subfolder={one!r}, --subfolder {one}."
+        one, there = folders[0], f" but there is a checkpoint in {', '.join(folders)}"
+        return f"{there}. A base is converted and verified with subfolder={one!r}, --subfolder {one}."
     return f". {SAVE.replace('where it can be loaded', 'first')}."

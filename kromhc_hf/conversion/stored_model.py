@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..modeling.configuration_kromhc import PREFIX, KromHCConfig
-from ..modeling.foreign_code import check_base_config
 from ..modeling.host import class_for_task, class_names_for_task
 from ..modeling.layer_fit import check_model_type
 from ..modeling.modeling_kromhc import (
@@ -22,8 +21,8 @@ from ..modeling.modeling_kromhc import (
     KromHCModel,
 )
 from ..modeling.remote_code import class_name
-from .base import refuse_adapter
-from .files import read_json, resolve_source
+from .base import model_content
+from .files import resolve_source
 from .stored_tensors import StoredTensors, check_tensors, quantization_of
 
 
@@ -154,20 +153,3 @@ class StoredModel:
                 "Fetch its files again."
             )
         return model
-
-
-def model_content(folder: Path) -> dict[str, Any]:
-    """The content of config.json of a full model.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if the folder has an adapter in it, or the file names code of another repository.
-    """
-    refuse_adapter(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"a model of transformers must have a config.json; {folder} has none. Give its folder.")
-    content = read_json(path)
-    if not str(content.get("model_type")).startswith(PREFIX):
-        check_base_config(content, path)
-    return content

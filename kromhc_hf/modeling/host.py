@@ -2,7 +2,7 @@
 """What the files that travel lean on inside transformers, where it is private or differs between releases."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,4 +66,5 @@ def keep_last_weights(folder: Path) -> None:
     """Removes what a save over other weights leaves and a loader would take: the one file, or the index of shards."""
     paths = [folder / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     if all(path.is_file() for path in paths):
-        min(paths, key=lambda path: path.stat().st_mtime_ns).unlink()
+        with suppress(FileNotFoundError):  # another process was faster
+            min(paths, key=lambda path: path.stat().st_mtime_ns).unlink()

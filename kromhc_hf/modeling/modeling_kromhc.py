@@ -147,7 +147,8 @@ class HyperConnectedModel(Shareable):
         owner, layers = find_decoder(self)[:2]
         check_complete(layers, owner[-1].config)
         saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        keep_last_weights(Path(save_directory))
+        if kwargs.get("is_main_process", args[0] if args else True):
+            keep_last_weights(Path(save_directory))
         return saved
 
     @torch.no_grad()

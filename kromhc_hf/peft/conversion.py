@@ -17,7 +17,7 @@ from ..applying import apply_hyper_connections, has_hyper_connections
 from ..conversion.base import BaseCheckpoint
 from ..conversion.disk import new_folder, real_path
 from ..conversion.files import ADAPTER_CONFIG, ADAPTER_TYPE, CARD, read_json
-from ..conversion.loaded_base import find_base
+from ..conversion.loaded_base import auto_class_of, find_base
 from ..conversion.stored_model import StoredModel
 from ..inspection.recording import branches
 from ..modeling.configuration_kromhc import PREFIX
@@ -26,6 +26,10 @@ from ..training import hyper_connection_state_dict, load_hyper_connection_state_
 from .config import KromHCPeftConfig
 from .layer import TENSOR_PREFIX, StreamSite
 from .tuner import plan_adapter
+
+
+# How PEFT calls the tasks of the Auto classes. By its names for other heads it wants a copy of the head in the adapter.
+TASK_TYPES = {"AutoModel": "FEATURE_EXTRACTION", "AutoModelForCausalLM": "CAUSAL_LM"}
 
 
 # What PEFT puts around the keys of a tensor: in front of them all, and between the site and its adapter.
@@ -115,7 +119,7 @@ def model_to_adapter(
     hf_config = model.config
     name, base_revision = find_base(model, str(base_model), base_revision)
     config = KromHCPeftConfig(
-        task_type="CAUSAL_LM",
+        task_type=TASK_TYPES.get(auto_class_of(model).__name__),
         inference_mode=True,
         base_model_name_or_path=name,
         revision=base_revision,

@@ -165,7 +165,8 @@ class HyperConnectionTuner(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             refuse_merge()
-        for layer in self._plan.decoder.layers:
+        # Those that are there now; some may be copies.
+        for layer in [module for module in self.model.modules() if isinstance(module, AdaptedLayer)]:
             restore_layer(layer)
         restore_owners(self._plan.decoder)
         if hasattr(self.model, "peft_config"):

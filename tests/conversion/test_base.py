@@ -22,7 +22,7 @@ def truncate(path: Path) -> None:
     [
         (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "must hold safetensors weights"),
         (lambda f: truncate(f / "model.safetensors"), ValueError, "must be a complete safetensors file"),
-        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
+        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "must have a config.json"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "must be a JSON file"),
         (
             lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),

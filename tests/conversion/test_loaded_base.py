@@ -6,11 +6,18 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import constants
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.tiny import configurations, make_model, token_ids
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GPT2DoubleHeadsModel,
+)
 
 from kromhc_hf import (
     KromHCForCausalLM,
@@ -188,3 +195,60 @@ def test_a_quantised_base_is_known_by_what_is_not_quantised(tmp_path):
     change_one_value(tmp_path / "base", "model.embed_tokens.weight")
     with pytest.raises(ValueError, match="embed_tokens.weight of .* is another one"):
         load_hyper_connections(tmp_path / "alone", **quantized)
+
+
+def test_a_base_that_is_stored_without_the_name_of_its_base_model(tmp_path):
+    """As GPT-2 is on the Hub: the same tensors by shorter names."""
+    make_model(configurations("gpt2")[0]).save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert short.keys() != tensors.keys()
+    save_file(short, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    model = apply_hyper_connections(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    save_hyper_connections(model, tmp_path / "hc")
+    tokens = token_ids(model.config)
+    assert torch.equal(load_hyper_connections(tmp_path / "hc").eval()(tokens).logits, model.eval()(tokens).logits)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.add_(1)
+    with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_fc\.weight is another one in the model"):
+        save_hyper_connections(model, tmp_path / "again")
+
+
+def test_nothing_to_compare_is_no_agreement(base, tmp_path):
+    model = connected(base)
+    save_file({"other": torch.zeros(2)}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="must have tensors of the model to compare it with"):
+        save_hyper_connections(model, tmp_path / "hc")
+
+
+@pytest.mark.parametrize(
+    ("auto", "task_type"),
+    [
+        (AutoModelForSequenceClassification, None),
+        (AutoModelForTokenClassification, None),
+        (AutoModelForQuestionAnswering, None),
+        (AutoModel, "FEATURE_EXTRACTION"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_head_of_the_base_comes_back(tmp_path, auto, task_type):
+    auto.from_config(configurations("llama")[0]).save_pretrained(tmp_path / "base")
+    model = apply_hyper_connections(auto.from_pretrained(tmp_path / "base")).eval()
+    with torch.no_grad():
+        model.base_model.layers[0].attn_hc.bias.add_(0.3)
+    save_hyper_connections(model, tmp_path / "hc")
+    loaded = load_hyper_connections(tmp_path / "hc").eval()
+    assert type(loaded) is type(model)
+    tokens = token_ids(model.config)
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+    assert model_to_adapter(model, tmp_path / "adapter", tmp_path / "base").task_type == task_type
+    adapted = PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert torch.equal(adapted(input_ids=tokens)[0], model(tokens)[0])
+
+
+def test_a_head_that_no_auto_class_makes_is_refused(tmp_path):
+    GPT2DoubleHeadsModel(configurations("gpt2")[0]).save_pretrained(tmp_path / "base")
+    model = apply_hyper_connections(GPT2DoubleHeadsModel.from_pretrained(tmp_path / "base"))
+    with pytest.raises(ValueError, match="must have a head that an Auto class makes"):
+        save_hyper_connections(model, tmp_path / "hc")
+    assert not (tmp_path / "hc").exists()

@@ -86,11 +86,17 @@ def test_a_subfolder_and_a_variant_on_the_hub(hub, tmp_path):
     ("names", "message"),
     [
         (["tiny.Q4_K_M.gguf"], r"but tiny.Q4_K_M.gguf \(GGUF weights\). Load them .*gguf_file='tiny.Q4_K_M.gguf'"),
-        (["model.fp16.safetensors"], "but the variant fp16. Take it: weight_variant='fp16', --weight-variant fp16"),
-        (["pytorch_model.bin.index.bf16.json"], "but the variant bf16. Take it"),
+        (
+            ["model.fp16.safetensors"],
+            "but the variant fp16. A base is converted and verified with weight_variant='fp16', --weight-variant fp16",
+        ),
+        (["pytorch_model.bin.index.bf16.json"], "but the variant bf16. A base is"),
         (["flax_model.msgpack", "model.onnx"], r"but flax_model.msgpack \(Flax weights\)"),
         (["consolidated.safetensors"], r"but consolidated.safetensors \(a name by which transformers reads no"),
-        (["policy/config.json"], "but there is a checkpoint in policy. Take it: subfolder='policy'"),
+        (
+            ["policy/config.json"],
+            "but there is a checkpoint in policy. A base is converted and verified with subfolder='policy'",
+        ),
         ([], "Save the model with save_pretrained first"),
     ],
     ids=lambda value: "+".join(value) or "nothing" if isinstance(value, list) else "",

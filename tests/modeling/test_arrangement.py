@@ -204,6 +204,10 @@ def test_layers_with_adapters(model_type, tmp_path):
     assert torch.equal(logits(model), expected)
     with pytest.raises(ValueError, match="must be saved with the layers that it was made for; layer 1 has stood at 2"):
         model.save_pretrained(tmp_path)
+    unloaded = model.unload()
+    assert type(unloaded) is type(family_model(model_type))
+    plain_layer = type(find_decoder(family_model(model_type)).layers[0])
+    assert [type(layer) for layer in find_decoder(unloaded).layers] == [plain_layer] * len(order)
 
 
 def test_hooks_see_streams_between_the_layers():
