@@ -57,7 +57,7 @@ deepspeed: .venv-deepspeed/.ready
 
 .venv-deepspeed/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-deepspeed
-	.venv-deepspeed/bin/pip install --constraint constraints.txt --editable . accelerate pytest deepspeed
+	.venv-deepspeed/bin/pip install --constraint constraints.txt --editable ".[peft]" accelerate datasets pytest deepspeed
 	@touch $@
 
 clean:
