@@ -146,13 +146,12 @@ def hyper_connection_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     hyper_connection_parameters(model)
     model = unwrapped(model)
-    tensors = {
+    return {
         f"{path}.{name}": gathered(parameter)
         for path, module in model.named_modules()
         if isinstance(module, StreamModule)
         for name, parameter in module.named_parameters()
     }
-    return tensors
 
 
 def gathered(parameter: Tensor) -> Tensor:

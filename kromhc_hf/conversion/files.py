@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from ..modeling.model_card import MARK
-from .other_weights import instead_of_weights
+from .other_weights import checkpoint_folders, instead_of_weights
 
 
 WEIGHTS = "model.safetensors"
@@ -93,7 +93,7 @@ def _download(repo_id: str, revision: str | None, subfolder: str) -> Path:
 
 
 def _no_subfolder(source: str | os.PathLike[str], subfolder: str, names: Iterable[str]) -> FileNotFoundError:
-    folders = [name.removesuffix("/config.json") for name in names if name.endswith("/config.json")]
+    folders = checkpoint_folders(names)
     there = f"there are {', '.join(folders)}" if folders else "no folder in it has a config.json"
     return FileNotFoundError(f"subfolder must be one of {source}; got {subfolder!r}, and {there}.")
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def load_hyper_connections(
     description, tensors = _read(path)
     if base_model is None:
         base_model, base_revision = description["base_model"], base_revision or description["base_revision"]
-    auto_class = AUTO_CLASSES.get(description.get(AUTO_CLASS, ""), KromHCForCausalLM.auto_class)
+    auto_class = AUTO_CLASSES[description[AUTO_CLASS]]
     model = _load_base(path, base_model, auto_class, revision=base_revision, token=token, **kwargs)
     if model.config.model_type != description["model_type"]:
         raise ValueError(
@@ -170,17 +171,16 @@ def _description(
             "Call apply_hyper_connections(model, num_streams=4) first."
         )
     config = copy.copy(model.config)
-    base_model, base_revision = find_base(model, base_model, base_revision)
-    digests = BaseDigests.of(model)
+    base = find_base(model, base_model, base_revision)
     description = {
-        "base_model": base_model,
-        "base_revision": base_revision,
+        "base_model": base.name,
+        "base_revision": base.revision,
         "model_type": config.backbone_config_class.model_type,
         AUTO_CLASS: auto_class_of(model).__name__,
         "options": config.stream_options().to_dict(),
-        DIGESTS: {"complete": digests.complete, "tensors": digests.tensors},
+        DIGESTS: asdict(base.digests),
     }
-    on_hub = {} if Path(base_model).is_dir() else {"base_model": base_model, "base_revision": base_revision}
+    on_hub = {} if Path(base.name).is_dir() else {"base_model": base.name, "base_revision": base.revision}
     config.hc_conversion = {"license": (getattr(config, ORIGIN, None) or {}).get("license"), **on_hub}
     return {"format": "pt", DESCRIPTION: json.dumps(description)}, model_card(config, name, weights="hyper-connections")
 
@@ -231,7 +231,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name).to(torch.float32) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be a complete safetensors file; {error}. Fetch the file again.") from error
-    known = description if isinstance(description, dict) else {}
+    known = {AUTO_CLASS: KromHCForCausalLM.auto_class.__name__, **description} if isinstance(description, dict) else {}
     missing = [key for key in DESCRIPTION_KEYS if key not in known]
     options, digests = known.get("options"), known.get(DIGESTS, {"complete": False, "tensors": {}})
     wrong = not isinstance(options, dict) or not options.keys() <= OPTIONS.keys()
@@ -240,5 +240,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{path} must say which base and options it belongs to, as save_hyper_connections writes it; "
             f"got {description!r}{without}. Save it again with save_hyper_connections."
+        )
+    if known[AUTO_CLASS] not in AUTO_CLASSES:
+        raise ValueError(
+            f"{path} must be for a base of one of {', '.join(AUTO_CLASSES)}; it is for {known[AUTO_CLASS]!r}. "
+            "Load it with the version of kromhc-hf that saved it."
         )
     return known, tensors

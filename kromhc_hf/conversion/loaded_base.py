@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants
@@ -76,8 +76,16 @@ class BaseDigests:
         return alone[0] if alone else None
 
 
-def find_base(model: Any, base_model: str | None, base_revision: str | None) -> tuple[str, str | None]:
-    """The folder, as an absolute path, or the Hub id and commit of the base that a model has in memory.
+class LoadedBase(NamedTuple):
+    """The base that a model has in memory: its folder, as an absolute path, or its Hub id and commit, and digests."""
+
+    name: str
+    revision: str | None
+    digests: BaseDigests
+
+
+def find_base(model: Any, base_model: str | None, base_revision: str | None) -> LoadedBase:
+    """Where the base is that a model has in memory.
 
     What is on disk here, in the folder or in the cache of the Hub, is compared with the model; where nothing says which
     commit was loaded, the one in the cache is found that has the same weights.
@@ -105,27 +113,28 @@ def find_base(model: Any, base_model: str | None, base_revision: str | None) -> 
         )
     if Path(base_model).is_dir():
         refuse_revision(Path(base_model), base_revision)
-        _refuse_difference(_first_stored_difference(model, Path(base_model)), base_model)
-        return os.path.abspath(base_model), None
+        digests = BaseDigests.of(model)
+        _refuse_difference(_first_stored_difference(model, digests, Path(base_model)), base_model)
+        return LoadedBase(os.path.abspath(base_model), None, digests)
     commits = _cached_commits(base_model)
     if base_revision is not None:
         commit = getattr(resolve_revision(base_model, base_revision), "resolved", base_revision)
         commits = {commit: commits[commit]} if commit in commits else {}
     else:
         commit = getattr(resolve_revision(base_model), "resolved", None)
-    differences = {}
+    differences, digests = {}, BaseDigests.of(model)
     for found, folder in commits.items():
         if (folder / "config.json").is_file():
             _checked_base(str(folder), model_type)
         try:
-            differences[found] = _first_stored_difference(model, folder)
+            differences[found] = _first_stored_difference(model, digests, folder)
         except (OSError, ValueError):
             continue  # no weights, or not all of them
         if differences[found] is None:
-            return base_model, found
+            return LoadedBase(base_model, found, digests)
     if len(differences) == len(commits):
         _refuse_difference(next(iter(differences.values()), None), base_model)
-    return base_model, commit
+    return LoadedBase(base_model, commit, digests)
 
 
 def auto_class_of(model: Any) -> Any:
@@ -172,12 +181,12 @@ def _is_readable(tensor: Tensor) -> bool:
     return (type(tensor) in (Tensor, torch.nn.Parameter) or sharded(tensor)) and tensor.device.type != "meta"
 
 
-def _first_stored_difference(model: Any, folder: Path) -> str | None:
+def _first_stored_difference(model: Any, digests: BaseDigests, folder: Path) -> str | None:
     """The name of the first tensor of a model that is not what a checkpoint holds under that name, None if none is.
 
     Tensors that a family stores under other names than it computes with are not compared.
     """
-    present = {name: (tensor.dtype, digest(tensor, tensor.dtype)) for name, tensor in base_tensors(model)}
+    present = digests.tensors
     weights = find_weights(folder, read_json(folder / "config.json"))
     # A base may be stored with or without its head, and by the names that it has there.
     prefix, compared = f"{unwrapped(model).base_model_prefix}.", False
@@ -187,8 +196,8 @@ def _first_stored_difference(model: Any, folder: Path) -> str | None:
             here = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in present), None)
             if here is None or not tensor.is_floating_point():
                 continue
-            compared, (dtype, own) = True, present[here]
-            if digest(tensor, dtype) != own:
+            compared, (dtype, own) = True, next(iter(present[here].items()))
+            if digest(tensor, DTYPES[dtype]) != own:
                 return here
     if not compared:
         raise ValueError(

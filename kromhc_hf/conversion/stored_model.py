@@ -135,7 +135,7 @@ class StoredModel:
         """The model, with no parameter that is not in the checkpoint.
 
         Raises:
-            ValueError: naming tensors that are missing, of another shape, or unknown.
+            ValueError: naming tensors that are missing or of another shape.
         """
         self.check()
         model, info = self.face.auto_class.from_pretrained(

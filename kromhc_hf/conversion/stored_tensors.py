@@ -109,12 +109,11 @@ def check_tensors(
     if quantized:
         present = {*stored, *info.unexpected_keys}
         missing = {name for name in missing if not _has_tensor(present, name.rpartition(".")[0])}
-    problems = {"it lacks": sorted(missing)}
+    problems = {"it lacks": sorted(missing), "it has beside them": sorted(unexpected)}
     if not quantized:
         mismatched = sorted(f"{n} {list(there)}, not {list(must)}" for n, there, must in info.mismatched_keys)
         incomplete = sorted(info.conversion_errors)
         problems |= {"it has in another shape": mismatched, "it has in part": incomplete}
-        problems |= {"it has beside them": sorted(unexpected)}
     found = [f"{what} {_enumerated(names)}" for what, names in problems.items() if names]
     if found:
         name = getattr(model, "backbone_class", type(model)).__name__
@@ -122,7 +121,7 @@ def check_tensors(
         raise ValueError(
             f"a checkpoint must hold the tensors of its class, {name}; {tensors.folder} does not: {'; '.join(found)}. "
             "Fetch its files again, or correct the class that config.json names in architectures"
-            f"{drop * (len(found) == 1 and bool(unexpected) and not quantized)}."
+            f"{drop * (len(found) == 1 and bool(unexpected))}."
         )
 
 

@@ -117,12 +117,12 @@ def model_to_adapter(
     if not has_hyper_connections(model):
         raise ValueError(f"model must have hyper-connections to write as an adapter; got {type(model).__name__}.")
     hf_config = model.config
-    name, base_revision = find_base(model, str(base_model), base_revision)
+    base = find_base(model, str(base_model), base_revision)
     config = KromHCPeftConfig(
         task_type=TASK_TYPES.get(auto_class_of(model).__name__),
         inference_mode=True,
-        base_model_name_or_path=name,
-        revision=base_revision,
+        base_model_name_or_path=base.name,
+        revision=base.revision,
         base_model_type=hf_config.model_type.removeprefix(PREFIX),
         base_hidden_size=hf_config.hidden_size,
         base_num_layers=hf_config.num_hidden_layers,

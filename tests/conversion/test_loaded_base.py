@@ -252,3 +252,12 @@ def test_a_head_that_no_auto_class_makes_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must have a head that an Auto class makes"):
         save_hyper_connections(model, tmp_path / "hc")
     assert not (tmp_path / "hc").exists()
+
+
+def test_a_head_of_another_version_is_not_taken_for_a_causal_one(base, tmp_path):
+    save_hyper_connections(connected(base), tmp_path / "hc")
+    path, content = tmp_path / "hc" / FILE, description(tmp_path / "hc")
+    content["auto_class"] = "AutoModelForImageTextToText"
+    save_file(load_file(path), path, metadata={"format": "pt", "kromhc": json.dumps(content)})
+    with pytest.raises(ValueError, match="must be for a base of one of AutoModelForCausalLM, .*ImageTextToText"):
+        load_hyper_connections(tmp_path / "hc")
