@@ -14,7 +14,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels_triton_language import PRECISION, TOKENS, first_derivatives, jit, rounded, run, snapped, tl
+from .kernels_triton_language import (
+    PRECISION,
+    ROWS,
+    TOKENS,
+    block_size,
+    first_derivatives,
+    jit,
+    load_numbers,
+    load_streams,
+    plus_products,
+    rounded,
+    run,
+    store_numbers,
+    sum_of,
+    tl,
+    weighted,
+    written,
+    zeros,
+)
 
 
 DEPTH = 64
@@ -43,97 +61,93 @@ def _project(streams, weight, products, squares, rows, width, K: tl.constexpr, P
 
 
 @jit
-def _read(streams, h_pre, out, n, width, N: tl.constexpr, BLOCK: tl.constexpr):
-    token, j = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    weights = tl.load(h_pre + token * n + j, mask=j < n, other=0.0)
-    total = tl.sum(weights, axis=0)
-    total = snapped(total)
-    base = streams + token * n * width
-    for start in range(0, width, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        inside = (j[:, None] < n) & (c[None, :] < width)
-        x = tl.load(base + j[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        first = tl.load(base + c, mask=c < width, other=0.0).to(tl.float32)
-        value = total * first + tl.sum(weights[:, None] * (x - first[None, :]), axis=0)
-        tl.store(out + token * width + c, rounded(value, out.dtype.element_ty), mask=c < width)
+def _read(streams, h_pre, out, rows, width, n: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    present = row < rows
+    inside = present[:, None] & (c[None, :] < width)
+    weights = load_numbers(h_pre, row, present, n)
+    tiles = load_streams(streams, row[:, None] * (n * width) + c[None, :], inside, width, n)
+    value = weighted(tiles, weights, sum_of(weights, n), n)
+    tl.store(out + row[:, None] * width + c[None, :], rounded(value, out.dtype.element_ty), mask=inside)
 
 
 @jit
-def _read_backward(grad, streams, h_pre, grad_streams, grad_h_pre, n, width, N: tl.constexpr, BLOCK: tl.constexpr):
-    token, j = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    weights = tl.load(h_pre + token * n + j, mask=j < n, other=0.0)
-    total = tl.zeros((N,), tl.float32)
-    base = token * n * width
+def _read_backward(grad, streams, h_pre, grad_streams, grad_h_pre, rows, width, n: tl.constexpr, ROWS: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present = row < rows
+    weights = load_numbers(h_pre, row, present, n)
+    totals = zeros(n, ROWS)
     for start in range(0, width, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        inside = (j[:, None] < n) & (c[None, :] < width)
-        place = base + j[:, None] * width + c[None, :]
-        x = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad + token * width + c, mask=c < width, other=0.0).to(tl.float32)
-        total += tl.sum(x * g[None, :], axis=1)
-        value = weights[:, None] * g[None, :]
-        tl.store(grad_streams + place, rounded(value, grad_streams.dtype.element_ty), mask=inside)
-    tl.store(grad_h_pre + token * n + j, total, mask=j < n)
+        inside = present[:, None] & (c[None, :] < width)
+        place = row[:, None] * (n * width) + c[None, :]
+        g = tl.load(grad + row[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        totals = plus_products(totals, load_streams(streams, place, inside, width, n), g, n)
+        for j in tl.static_range(n):
+            value = rounded(weights[j][:, None] * g, grad_streams.dtype.element_ty)
+            tl.store(grad_streams + place + j * width, value, mask=inside)
+    store_numbers(grad_h_pre, totals, row, present, n)
 
 
 @jit
-def _write(streams, h_res, h_post, branch_output, out, n, width, SUM_TO_ONE: tl.constexpr, N: tl.constexpr,
-           BLOCK: tl.constexpr):  # fmt: skip
-    token, i = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    square = (i[:, None] < n) & (i[None, :] < n)
-    matrix = tl.load(h_res + token * n * n + i[:, None] * n + i[None, :], mask=square, other=0.0)
-    post = tl.load(h_post + token * n + i, mask=i < n, other=0.0)
-    total = tl.sum(matrix, axis=1)
-    total = snapped(total)
-    if SUM_TO_ONE:
-        total = tl.full((N,), 1.0, tl.float32)
-    base = token * n * width
-    for start in range(0, width, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        inside = (i[:, None] < n) & (c[None, :] < width)
-        place = base + i[:, None] * width + c[None, :]
-        x = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
-        first = tl.load(streams + base + c, mask=c < width, other=0.0).to(tl.float32)
-        y = tl.load(branch_output + token * width + c, mask=c < width, other=0.0).to(tl.float32)
-        others = tl.sum(matrix[:, :, None] * (x - first[None, :])[None, :, :], axis=1)
-        value = total[:, None] * first[None, :] + others + post[:, None] * y[None, :]
-        tl.store(out + place, rounded(value, out.dtype.element_ty), mask=inside)
+def _write(streams, h_res, h_post, branch_output, out, rows, width, SUM_TO_ONE: tl.constexpr, n: tl.constexpr,
+           ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    present = row < rows
+    inside = present[:, None] & (c[None, :] < width)
+    place = row[:, None] * (n * width) + c[None, :]
+    tiles = load_streams(streams, place, inside, width, n)
+    y = tl.load(branch_output + row[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    for i in tl.static_range(n):
+        value = written(tiles, y, h_res, h_post, row, present, i, SUM_TO_ONE, n)
+        tl.store(out + place + i * width, rounded(value, out.dtype.element_ty), mask=inside)
 
 
 @jit
 def _write_backward(grad, streams, h_res, h_post, branch_output, grad_streams, grad_h_res, grad_h_post, grad_output,
-                    n, width, N: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    token, i = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    square = (i[:, None] < n) & (i[None, :] < n)
-    entry = token * n * n + i[:, None] * n + i[None, :]
-    matrix = tl.load(h_res + entry, mask=square, other=0.0)
-    post = tl.load(h_post + token * n + i, mask=i < n, other=0.0)
-    matrix_sum = tl.zeros((N, N), tl.float32)
-    post_sum = tl.zeros((N,), tl.float32)
-    base = token * n * width
+                    rows, width, n: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present = row < rows
+    matrix = load_numbers(h_res, row, present, n * n)
+    post = load_numbers(h_post, row, present, n)
+    matrix_sums, post_sums = zeros(n * n, ROWS), zeros(n, ROWS)
     for start in range(0, width, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        inside = (i[:, None] < n) & (c[None, :] < width)
-        place = base + i[:, None] * width + c[None, :]
-        g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(branch_output + token * width + c, mask=c < width, other=0.0).to(tl.float32)
-        matrix_sum += tl.sum(g[:, None, :] * x[None, :, :], axis=2)
-        post_sum += tl.sum(g * y[None, :], axis=1)
-        mixed = tl.sum(matrix[:, :, None] * g[:, None, :], axis=0)
-        tl.store(grad_streams + place, rounded(mixed, grad_streams.dtype.element_ty), mask=inside)
-        value = tl.sum(post[:, None] * g, axis=0)
-        tl.store(grad_output + token * width + c, rounded(value, grad_output.dtype.element_ty), mask=c < width)
-    tl.store(grad_h_res + entry, matrix_sum, mask=square)
-    tl.store(grad_h_post + token * n + i, post_sum, mask=i < n)
+        inside = present[:, None] & (c[None, :] < width)
+        place, place_of_one = row[:, None] * (n * width) + c[None, :], row[:, None] * width + c[None, :]
+        grads = load_streams(grad, place, inside, width, n)
+        y = tl.load(branch_output + place_of_one, mask=inside, other=0.0).to(tl.float32)
+        post_sums = plus_products(post_sums, grads, y, n)
+        value = post[0][:, None] * grads[0]
+        for i in tl.static_range(1, n):
+            value += post[i][:, None] * grads[i]
+        tl.store(grad_output + place_of_one, rounded(value, grad_output.dtype.element_ty), mask=inside)
+        more = ()
+        for j in tl.static_range(n):
+            x = tl.load(streams + place + j * width, mask=inside, other=0.0).to(tl.float32)
+            mixed = matrix[j][:, None] * grads[0]
+            for i in tl.static_range(1, n):
+                mixed += matrix[i * n + j][:, None] * grads[i]
+            tl.store(grad_streams + place + j * width, rounded(mixed, grad_streams.dtype.element_ty), mask=inside)
+            for i in tl.static_range(n):
+                more = more + (matrix_sums[j * n + i] + tl.sum(grads[i] * x, axis=1),)
+        matrix_sums = more
+    for j in tl.static_range(n):
+        for i in tl.static_range(n):
+            # They were summed stream by stream, so transposed.
+            tl.store(grad_h_res + row * (n * n) + i * n + j, matrix_sums[j * n + i], mask=present)
+    store_numbers(grad_h_post, post_sums, row, present, n)
 
 
-def _sizes(streams: Tensor) -> tuple[int, int, int, int]:
-    """n, C, n rounded up to a power of 2, and at how many features a program works at once."""
-    n, width = streams.shape[-2:]
-    padded = 1 << (n - 1).bit_length()
-    # A matrix times so many features should stay in registers.
-    return n, width, padded, max(16, min(128, 4096 // padded**2))
+def _sizes(streams: Tensor, in_one_go: bool) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, int]]:
+    """Grid, sizes and constants of a program that works on a few tokens: on a part of their features, or on all."""
+    tokens, n, width = streams.shape
+    constants = {"n": n, "ROWS": ROWS, "BLOCK": block_size(n), "num_warps": ROWS}
+    grid = (-(-tokens // ROWS), -(-width // constants["BLOCK"]))
+    return grid[:1] if in_one_go else grid, (tokens, width), constants
 
 
 @torch.library.custom_op("kromhc_hf::project", mutates_args=())
@@ -161,9 +175,9 @@ def _(streams, weight):
 @torch.library.custom_op("kromhc_hf::read", mutates_args=())
 def read(streams: Tensor, h_pre: Tensor) -> Tensor:
     """`sum_j h_pre[j] streams[j]`: `[T, n, C]` and `[T, n]` -> `[T, C]`."""
-    n, width, *sizes = _sizes(streams)
-    out = streams.new_empty(len(streams), width)
-    run(_read, (len(streams),), streams.contiguous(), h_pre.contiguous(), out, n, width, *sizes)
+    out = streams.new_empty(len(streams), streams.shape[2])
+    grid, sizes, constants = _sizes(streams, in_one_go=False)
+    run(_read, grid, streams.contiguous(), h_pre.contiguous(), out, *sizes, **constants)
     return out
 
 
@@ -175,11 +189,11 @@ def _(streams, h_pre):
 @torch.library.custom_op("kromhc_hf::read_backward", mutates_args=())
 def read_backward(grad: Tensor, streams: Tensor, h_pre: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the streams and of `h_pre`."""
-    n, width, *sizes = _sizes(streams)
+    grid, sizes, constants = _sizes(streams, in_one_go=True)
     grad_streams = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
     grad_h_pre = torch.empty(h_pre.shape, dtype=h_pre.dtype, device=h_pre.device)
     inputs = (tensor.contiguous() for tensor in (grad, streams, h_pre))
-    run(_read_backward, (len(streams),), *inputs, grad_streams, grad_h_pre, n, width, *sizes)
+    run(_read_backward, grid, *inputs, grad_streams, grad_h_pre, *sizes, **constants)
     return grad_streams, grad_h_pre
 
 
@@ -191,10 +205,10 @@ def _(grad, streams, h_pre):
 @torch.library.custom_op("kromhc_hf::write", mutates_args=())
 def write(streams: Tensor, h_res: Tensor, h_post: Tensor, branch_output: Tensor, rows_sum_to_one: bool) -> Tensor:
     """`sum_j h_res[i, j] streams[j] + h_post[i] branch_output`, `[T, n, C]`."""
-    n, width, *sizes = _sizes(streams)
+    grid, sizes, constants = _sizes(streams, in_one_go=False)
     out = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
     inputs = (tensor.contiguous() for tensor in (streams, h_res, h_post, branch_output))
-    run(_write, (len(streams),), *inputs, out, n, width, rows_sum_to_one, *sizes)
+    run(_write, grid, *inputs, out, *sizes, SUM_TO_ONE=rows_sum_to_one, **constants)
     return out
 
 
@@ -208,10 +222,10 @@ def write_backward(
     grad: Tensor, streams: Tensor, h_res: Tensor, h_post: Tensor, branch_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the streams, `h_res`, `h_post` and the branch output, in one pass."""
-    n, width, *sizes = _sizes(streams)
+    grid, sizes, constants = _sizes(streams, in_one_go=True)
     inputs = [tensor.contiguous() for tensor in (grad, streams, h_res, h_post, branch_output)]
     outputs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (streams, h_res, h_post, branch_output)]
-    run(_write_backward, (len(streams),), *inputs, *outputs, n, width, *sizes)
+    run(_write_backward, grid, *inputs, *outputs, *sizes, **constants)
     return outputs[0], outputs[1], outputs[2], outputs[3]
 
 

@@ -15,103 +15,80 @@ import torch
 from torch import Tensor
 
 from .kernels_triton import write_backward
-from .kernels_triton_gradients import correlate, streams_gradient, weight_gradient
+from .kernels_triton_gradients import gate_gradients, streams_gradient, weight_gradient
 from .kernels_triton_language import (
     TOKENS,
     first_derivatives,
     jit,
+    load_streams,
     project_tile,
     read_rows,
     rounded,
     run,
-    snapped,
     store_gates,
     tl,
+    written,
 )
 
 
 # Above, a program cannot hold a tile of the streams and the weight that belongs to it.
 LARGEST_STREAMS, LARGEST_OUTPUTS = 16, 128
 
-# Features of a tile, of all streams together, and of a block that is read.
-TILE, READ_BLOCK = 128, 128
+# Features of a tile of one stream.
+BLOCK = 128
 
 
 @jit
 def _width(streams, weight, bias, alpha, branch_input, h_pre, h_post, logits, products, squares, rows, width, eps,
-           n: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr,
-           TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+           n: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    stream = tl.arange(0, N)
     products_sum = tl.zeros((TOKENS, PADDED), tl.float32)
-    square_sum = tl.zeros((TOKENS,), tl.float32)
-    for start in range(0, width, TILE):
-        c = start + tl.arange(0, TILE)
-        inside = (row[:, None, None] < rows) & (stream[None, :, None] < n) & (c[None, None, :] < width)
-        place = row[:, None, None] * (n * width) + stream[None, :, None] * width + c[None, None, :]
-        tile = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
-        more_products, more_squares = project_tile(tile, weight, stream, c, n, width, K, N, PADDED, TOKENS, TILE)
-        products_sum += more_products
-        square_sum += more_squares
-    store_gates(products_sum, square_sum, bias, alpha, h_pre, h_post, logits, products, squares, row, rows, n, width,
-                eps, K, PADDED)  # fmt: skip
+    square_sums = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        inside = (row[:, None] < rows) & (c[None, :] < width)
+        tiles = load_streams(streams, row[:, None] * (n * width) + c[None, :], inside, width, n)
+        for j in tl.static_range(n):
+            products_sum += project_tile(tiles[j], weight + j * width, c, width, n * width, K, PADDED)
+            square_sums += tiles[j] * tiles[j]
+    store_gates(products_sum, tl.sum(square_sums, axis=1), bias, alpha, h_pre, h_post, logits, products, squares, row,
+                rows, n, width, eps, K, PADDED)  # fmt: skip
     read_rows(streams, h_pre, branch_input, row, rows, width, n, BLOCK)
 
 
 @jit
 def _write_width(streams, h_res, h_post, branch_output, weight, bias, alpha, new_streams, branch_input, next_h_pre,
                  next_h_post, logits, products, squares, rows, width, eps, SUM_TO_ONE: tl.constexpr, n: tl.constexpr,
-                 K: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
+                 K: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    i = tl.arange(0, N)
-    some = (row[:, None] < rows) & (i[None, :] < n)
-    matrix = h_res + row[:, None] * (n * n) + i[None, :] * n
-    post = tl.load(h_post + row[:, None] * n + i[None, :], mask=some, other=0.0)
-    total = tl.load(matrix, mask=some, other=0.0)
-    for j in tl.static_range(1, n):
-        total += tl.load(matrix + j, mask=some, other=0.0)
-    total = snapped(total)
-    if SUM_TO_ONE:
-        total = tl.where(some, 1.0, 0.0)
+    present = row < rows
     products_sum = tl.zeros((TOKENS, PADDED), tl.float32)
-    square_sum = tl.zeros((TOKENS,), tl.float32)
-    for start in range(0, width, TILE):
-        c = start + tl.arange(0, TILE)
-        present = (row[:, None] < rows) & (c[None, :] < width)
-        source = streams + row[:, None] * (n * width) + c[None, :]
-        first = tl.load(source, mask=present, other=0.0).to(tl.float32)
-        y = tl.load(branch_output + row[:, None] * width + c[None, :], mask=present, other=0.0).to(tl.float32)
-        value = total[:, :, None] * first[:, None, :]
-        for j in tl.static_range(1, n):
-            x = tl.load(source + j * width, mask=present, other=0.0).to(tl.float32)
-            column = tl.load(matrix + j, mask=some, other=0.0)
-            value += column[:, :, None] * (x - first)[:, None, :]
-        value += post[:, :, None] * y[:, None, :]
-        stored = rounded(value, new_streams.dtype.element_ty)
-        inside = some[:, :, None] & (c[None, None, :] < width)
-        place = row[:, None, None] * (n * width) + i[None, :, None] * width + c[None, None, :]
-        tl.store(new_streams + place, stored, mask=inside)
-        # The next hyper-connection sees the streams as they are rounded.
-        more_products, more_squares = project_tile(
-            stored.to(tl.float32), weight, i, c, n, width, K, N, PADDED, TOKENS, TILE
-        )
-        products_sum += more_products
-        square_sum += more_squares
-    store_gates(products_sum, square_sum, bias, alpha, next_h_pre, next_h_post, logits, products, squares, row, rows,
-                n, width, eps, K, PADDED)  # fmt: skip
+    square_sums = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        inside = present[:, None] & (c[None, :] < width)
+        place = row[:, None] * (n * width) + c[None, :]
+        tiles = load_streams(streams, place, inside, width, n)
+        y = tl.load(branch_output + row[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        for i in tl.static_range(n):
+            value = written(tiles, y, h_res, h_post, row, present, i, SUM_TO_ONE, n)
+            stored = rounded(value, new_streams.dtype.element_ty)
+            tl.store(new_streams + place + i * width, stored, mask=inside)
+            # The next hyper-connection sees the streams as they are rounded.
+            seen = stored.to(tl.float32)
+            products_sum += project_tile(seen, weight + i * width, c, width, n * width, K, PADDED)
+            square_sums += seen * seen
+    store_gates(products_sum, tl.sum(square_sums, axis=1), bias, alpha, next_h_pre, next_h_post, logits, products,
+                squares, row, rows, n, width, eps, K, PADDED)  # fmt: skip
     read_rows(new_streams, next_h_pre, branch_input, row, rows, width, n, BLOCK)
 
 
 def launch(streams: Tensor, outputs: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid and the constants of a fused kernel."""
     tokens, n, _ = streams.shape
-    streams_padded, outputs_padded = 1 << (n - 1).bit_length(), max(16, 1 << (outputs - 1).bit_length())
-    constants = {"n": n, "K": outputs, "N": streams_padded, "PADDED": outputs_padded, "TOKENS": TOKENS}
-    constants |= {"TILE": max(16, TILE // streams_padded), "BLOCK": READ_BLOCK}
-    # What fits in registers and, as many tiles of the weight at once as there are stages, in shared memory.
-    constants |= {"num_warps": 4 if streams_padded <= 4 else 8, "num_stages": 3 if outputs_padded <= 32 else 1}
-    return (-(-tokens // TOKENS),), constants
+    padded = max(16, 1 << (outputs - 1).bit_length())
+    constants = {"n": n, "K": outputs, "PADDED": padded, "TOKENS": TOKENS, "BLOCK": BLOCK}
+    return (-(-tokens // TOKENS),), constants | {"num_warps": 4, "num_stages": 2}
 
 
 def width_outputs(streams: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -175,31 +152,6 @@ def _(streams, h_res, h_post, branch_output, rows_sum_to_one, weight, *others):
     return streams.new_empty(streams.shape), *width_outputs(streams, weight)
 
 
-def gate_gradients(
-    grad_h_pre: Tensor,
-    grad_h_post: Tensor,
-    grad_logits: Tensor,
-    h_pre: Tensor,
-    h_post: Tensor,
-    products: Tensor,
-    squares: Tensor,
-    alpha: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of products `[T, k]`, mean squares `[T]`, bias `[k]` and alpha `[3]`."""
-    n, outputs = h_pre.shape[1], products.shape[1]
-    # h_post is twice a sigmoid.
-    grad = torch.cat([grad_h_pre * h_pre * (1 - h_pre), grad_h_post * h_post * (1 - h_post / 2), grad_logits], dim=1)
-    scale = torch.rsqrt(squares + eps)
-    sizes = (n, n, outputs - 2 * n)
-    by_output = (grad * products * scale.unsqueeze(1)).sum(0)
-    grad_alpha = torch.stack([part.sum() for part in by_output.split_with_sizes(sizes)])
-    each = torch.cat([a.expand(size) for a, size in zip(alpha.unbind(), sizes)])
-    grad_products = grad * each * scale.unsqueeze(1)
-    grad_squares = (grad_products * products).sum(1) * scale.square() / -2
-    return grad_products, grad_squares, grad.sum(0), grad_alpha
-
-
 def width_gradients(
     known: Tensor | None,
     grad_input: Tensor,
@@ -210,9 +162,11 @@ def width_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the streams, added to what is `known` of it, and of weight, bias and alpha."""
     streams, weight, alpha, h_pre, h_post, products, squares = saved
-    grad_products, grad_squares, grad_bias, grad_alpha = gate_gradients(
-        correlate(grad_input, streams), grad_h_post, grad_logits, h_pre, h_post, products, squares, alpha, eps
+    grad_products, grad_squares, grad_bias, by_output = gate_gradients(
+        grad_input, streams, h_pre, h_post, grad_h_post, grad_logits, products, squares, alpha, eps
     )
+    n = streams.shape[1]
+    grad_alpha = torch.stack([part.sum() for part in by_output.tensor_split([n, 2 * n])])
     grad_streams = streams_gradient(
         grad_input if known is None else known, known is not None, grad_input, streams, h_pre, weight, grad_products,
         grad_squares,

@@ -12,26 +12,59 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels_triton_language import PRECISION, jit, rounded, run, tl
+from .kernels_triton_language import (
+    PRECISION,
+    ROWS,
+    block_size,
+    jit,
+    load_streams,
+    plus_products,
+    rounded,
+    run,
+    tl,
+    zeros,
+)
 
 
-BLOCK, FEATURES = 128, 64
+FEATURES = 64
 # How many tokens one program sums the weight gradient over at least, and how many such sums there are at most.
 SHARE, SHARES = 512, 32
 
 
 @jit
-def _correlate(grad, streams, out, n, width, N: tl.constexpr, BLOCK: tl.constexpr):
-    token, j = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    total = tl.zeros((N,), tl.float32)
+def _gate_gradients(grad_input, streams, h_pre, h_post, grad_h_post, grad_logits, products, squares, alpha,
+                    grad_products, grad_squares, bias_sums, output_sums, rows, width, eps, n: tl.constexpr,
+                    K: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present = row < rows
+    totals = zeros(n, ROWS)
     for start in range(0, width, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        inside = (j[:, None] < n) & (c[None, :] < width)
-        place = token * n * width + j[:, None] * width + c[None, :]
-        x = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad + token * width + c, mask=c < width, other=0.0).to(tl.float32)
-        total += tl.sum(x * g[None, :], axis=1)
-    tl.store(out + token * n + j, total, mask=j < n)
+        inside = present[:, None] & (c[None, :] < width)
+        g = tl.load(grad_input + row[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        tiles = load_streams(streams, row[:, None] * (n * width) + c[None, :], inside, width, n)
+        totals = plus_products(totals, tiles, g, n)
+    k = tl.arange(0, PADDED)
+    of_read, of_write = present[:, None] & (k[None, :] < n), present[:, None] & (k[None, :] >= n) & (k[None, :] < 2 * n)
+    of_logits, some = present[:, None] & (k[None, :] >= 2 * n) & (k[None, :] < K), present[:, None] & (k[None, :] < K)
+    pre = tl.load(h_pre + row[:, None] * n + k[None, :], mask=of_read, other=0.0)
+    post = tl.load(h_post + row[:, None] * n + (k[None, :] - n), mask=of_write, other=0.0)
+    grad = tl.load(grad_logits + row[:, None] * (K - 2 * n) + (k[None, :] - 2 * n), mask=of_logits, other=0.0)
+    # h_post is twice a sigmoid.
+    by_post = tl.load(grad_h_post + row[:, None] * n + (k[None, :] - n), mask=of_write, other=0.0)
+    grad += by_post * post * (1.0 - post / 2)
+    for j in tl.static_range(n):
+        grad += tl.where(k[None, :] == j, totals[j][:, None], 0.0) * pre * (1.0 - pre)
+    product = tl.load(products + row[:, None] * K + k[None, :], mask=some, other=0.0)
+    scale = tl.rsqrt(tl.load(squares + row, mask=present, other=1.0) + eps)
+    by_output = grad * scale[:, None]
+    each = tl.where(k < n, tl.load(alpha), tl.where(k < 2 * n, tl.load(alpha + 1), tl.load(alpha + 2)))
+    by_product = by_output * each[None, :]
+    tl.store(grad_products + row[:, None] * K + k[None, :], by_product, mask=some)
+    tl.store(grad_squares + row, tl.sum(by_product * product, axis=1) * scale * scale / -2, mask=present)
+    place = tl.program_id(0).to(tl.int64) * K + k
+    tl.store(bias_sums + place, tl.sum(grad, axis=0), mask=k < K)
+    tl.store(output_sums + place, tl.sum(by_output * product, axis=0), mask=k < K)
 
 
 @jit
@@ -82,19 +115,40 @@ def _sizes(outputs: int) -> tuple[int, int]:
     return padded, 32 if padded <= 64 else 16
 
 
-@torch.library.custom_op("kromhc_hf::correlate", mutates_args=())
-def correlate(grad: Tensor, streams: Tensor) -> Tensor:
-    """`sum_c grad[c] streams[j, c]`: `[T, C]` and `[T, n, C]` -> `[T, n]`."""
+@torch.library.custom_op("kromhc_hf::gate_gradients", mutates_args=())
+def gate_gradients(
+    grad_input: Tensor,
+    streams: Tensor,
+    h_pre: Tensor,
+    h_post: Tensor,
+    grad_h_post: Tensor,
+    grad_logits: Tensor,
+    products: Tensor,
+    squares: Tensor,
+    alpha: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of products `[T, k]`, mean squares `[T]`, bias `[k]` and of alpha by output `[k]`.
+
+    What the branch input `[T, C]` says about the read weights is `sum_c grad_input[c] streams[j, c]`.
+    """
     tokens, n, width = streams.shape
-    out = streams.new_empty(tokens, n, dtype=torch.float32)
-    padded = 1 << (n - 1).bit_length()
-    run(_correlate, (tokens,), grad.contiguous(), streams.contiguous(), out, n, width, padded, BLOCK)
-    return out
+    outputs = products.shape[1]
+    programs, (padded, _) = -(-tokens // ROWS), _sizes(outputs)
+    made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (products, squares)]
+    sums = [products.new_empty(programs, outputs) for _ in range(2)]
+    inputs = (grad_input, streams, h_pre, h_post, grad_h_post, grad_logits, products, squares, alpha)
+    constants = {"n": n, "K": outputs, "PADDED": padded, "ROWS": ROWS, "BLOCK": block_size(n), "num_warps": ROWS}
+    contiguous = (tensor.contiguous() for tensor in inputs)
+    run(_gate_gradients, (programs,), *contiguous, *made, *sums, tokens, width, eps, **constants)
+    return made[0], made[1], sums[0].sum(0), sums[1].sum(0)
 
 
-@correlate.register_fake
-def _(grad, streams):
-    return streams.new_empty(streams.shape[:2], dtype=torch.float32)
+@gate_gradients.register_fake
+def _(grad_input, streams, h_pre, h_post, grad_h_post, grad_logits, products, squares, alpha, eps):
+    outputs = products.shape[1]
+    made = products.new_empty(products.shape), squares.new_empty(squares.shape)
+    return *made, products.new_empty(outputs), products.new_empty(outputs)
 
 
 @torch.library.custom_op("kromhc_hf::streams_gradient", mutates_args=())

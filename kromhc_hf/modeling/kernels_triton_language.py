@@ -28,6 +28,8 @@ triton, tl = (import_module(name) if AVAILABLE else None for name in ("triton", 
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 ROUNDS_BY_ITSELF = AVAILABLE and tl.constexpr(not INTERPRETED)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tokens of a program without a matrix product, one per warp.
+ROWS = 4
 # Tokens of a program with a matrix product, whose sides are at least 16.
 TOKENS = 16
 # TF32 would round the streams to 11 bits.
@@ -37,6 +39,11 @@ SNAP_DISTANCE = AVAILABLE and tl.constexpr(snap_distance(torch.float32))
 
 def jit(function):
     return triton.jit(function) if AVAILABLE else function
+
+
+def block_size(num_streams: int) -> int:
+    """How many features of all streams a program holds at once: 16 bytes of each in every thread, and fewer of many."""
+    return 256 if num_streams <= 4 else 128 if num_streams <= 8 else 64
 
 
 def run(kernel, grid, *arguments, **constants):
@@ -77,15 +84,85 @@ def snapped(total):
 
 
 @jit
-def project_tile(tile, weight, stream, c, n, width, K: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr,
-                  TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Products `[TOKENS, PADDED]` and sums of squares of a tile `[TOKENS, N, BLOCK]` in fp32, 0 outside."""
+def load_streams(streams, place, inside, width, n: tl.constexpr):
+    """The tiles `[ROWS, BLOCK]` of all streams in fp32, 0 outside; `place` is that of the first stream."""
+    tiles = ()
+    for j in tl.static_range(n):
+        tile = tl.load(streams + place + j * width, mask=inside, other=0.0).to(tl.float32)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@jit
+def load_numbers(source, row, present, count: tl.constexpr):
+    """`count` numbers of each row, `[ROWS]` each, 0 for absent rows."""
+    numbers = ()
+    for k in tl.static_range(count):
+        number = tl.load(source + row * count + k, mask=present, other=0.0)
+        numbers = numbers + (number,)
+    return numbers
+
+
+@jit
+def weighted(tiles, weights, total, n: tl.constexpr):
+    """The sum of tiles times weights, which sum to `total`: relative to the first, so that equal ones are not rounded."""
+    value = total[:, None] * tiles[0]
+    for j in tl.static_range(1, n):
+        value += weights[j][:, None] * (tiles[j] - tiles[0])
+    return value
+
+
+@jit
+def sum_of(weights, n: tl.constexpr):
+    total = weights[0]
+    for j in tl.static_range(1, n):
+        total += weights[j]
+    return snapped(total)
+
+
+@jit
+def written(tiles, y, h_res, h_post, row, present, i: tl.constexpr, SUM_TO_ONE: tl.constexpr, n: tl.constexpr):
+    """Stream i of the new streams in fp32, `[ROWS, BLOCK]`, from the tiles of all streams and of the branch output."""
+    weights = ()
+    for j in tl.static_range(n):
+        weights = weights + (tl.load(h_res + row * (n * n) + i * n + j, mask=present, other=0.0),)
+    total = sum_of(weights, n)
+    if SUM_TO_ONE:
+        total = tl.full(total.shape, 1.0, tl.float32)
+    post = tl.load(h_post + row * n + i, mask=present, other=0.0)
+    return weighted(tiles, weights, total, n) + post[:, None] * y
+
+
+@jit
+def zeros(count: tl.constexpr, ROWS: tl.constexpr):
+    numbers = ()
+    for _ in tl.static_range(count):
+        numbers = numbers + (tl.zeros((ROWS,), tl.float32),)
+    return numbers
+
+
+@jit
+def plus_products(sums, tiles, tile, n: tl.constexpr):
+    """`sums` and the sums over the features of each of the tiles times one other, `[ROWS]` each."""
+    more = ()
+    for j in tl.static_range(n):
+        more = more + (sums[j] + tl.sum(tiles[j] * tile, axis=1),)
+    return more
+
+
+@jit
+def store_numbers(target, numbers, row, present, count: tl.constexpr):
+    for k in tl.static_range(count):
+        tl.store(target + row * count + k, numbers[k], mask=present)
+
+
+@jit
+def project_tile(tile, weight, c, width, features, K: tl.constexpr, PADDED: tl.constexpr):
+    """Products `[ROWS, PADDED]` of a tile `[ROWS, BLOCK]` in fp32 with the weight of its stream."""
     output = tl.arange(0, PADDED)
-    inside = (output[:, None, None] < K) & (stream[None, :, None] < n) & (c[None, None, :] < width)
-    place = output[:, None, None] * (n * width) + stream[None, :, None] * width + c[None, None, :]
-    w = tl.reshape(tl.load(weight + place, mask=inside, other=0.0), (PADDED, N * BLOCK))
-    x = tl.reshape(tile, (TOKENS, N * BLOCK))
-    return tl.dot(x, tl.trans(w), input_precision=PRECISION), tl.sum(x * x, axis=1)
+    inside = (output[:, None] < K) & (c[None, :] < width)
+    w = tl.load(weight + output[:, None] * features + c[None, :], mask=inside, other=0.0)
+    return tl.dot(tile, tl.trans(w), input_precision=PRECISION)
 
 
 @jit
@@ -116,19 +193,12 @@ def read_rows(streams, h_pre, out, row, rows, width, n: tl.constexpr, BLOCK: tl.
     # What other threads of this program have stored.
     tl.debug_barrier()
     present = row < rows
-    total = tl.load(h_pre + row * n, mask=present, other=0.0)
-    for j in tl.static_range(1, n):
-        total += tl.load(h_pre + row * n + j, mask=present, other=0.0)
-    total = snapped(total)
+    weights = load_numbers(h_pre, row, present, n)
+    total = sum_of(weights, n)
     blocks = tl.cdiv(width, BLOCK)
     for block in range(0, blocks):
         c = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
         inside = present[:, None] & (c[None, :] < width)
-        place = row[:, None] * (n * width) + c[None, :]
-        first = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
-        value = total[:, None] * first
-        for j in tl.static_range(1, n):
-            x = tl.load(streams + place + j * width, mask=inside, other=0.0).to(tl.float32)
-            weights = tl.load(h_pre + row * n + j, mask=present, other=0.0)
-            value += weights[:, None] * (x - first)
+        tiles = load_streams(streams, row[:, None] * (n * width) + c[None, :], inside, width, n)
+        value = weighted(tiles, weights, total, n)
         tl.store(out + row[:, None] * width + c[None, :], rounded(value, out.dtype.element_ty), mask=inside)

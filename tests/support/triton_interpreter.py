@@ -164,7 +164,10 @@ def test_operators_are_registered_soundly() -> None:
         "write": (streams, h_res, h_post, output, True),
         "width": (streams, *parameters, 1e-6),
         "write_width": (streams, h_res, h_post, output, False, *parameters, 1e-6),
-        "correlate": (output.detach(), streams.detach()),
+        "gate_gradients": (
+            *(output.detach(), streams.detach(), h_pre.detach(), h_post.detach(), torch.rand(5, 4)),
+            *(torch.randn(5, 2), torch.randn(5, 10), torch.rand(5), torch.randn(3), 1e-6),
+        ),
         "streams_gradient": tuple(
             t.detach() if isinstance(t, torch.Tensor) else t
             for t in (streams, True, output, streams, h_pre, weight, torch.randn(5, 10), torch.randn(5))
