@@ -30,6 +30,7 @@ from .kernels_triton_language import (
     sum_of,
     tl,
     weighted,
+    write_gradients,
     written,
     zeros,
 )
@@ -111,34 +112,15 @@ def _write_backward(grad, streams, h_res, h_post, branch_output, grad_streams, g
                     rows, width, n: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = row < rows
-    matrix = load_numbers(h_res, row, present, n * n)
-    post = load_numbers(h_post, row, present, n)
+    matrix, post = load_numbers(h_res, row, present, n * n), load_numbers(h_post, row, present, n)
     matrix_sums, post_sums = zeros(n * n, ROWS), zeros(n, ROWS)
     for start in range(0, width, BLOCK):
         c = start + tl.arange(0, BLOCK)
         inside = present[:, None] & (c[None, :] < width)
-        place, place_of_one = row[:, None] * (n * width) + c[None, :], row[:, None] * width + c[None, :]
-        grads = load_streams(grad, place, inside, width, n)
-        y = tl.load(branch_output + place_of_one, mask=inside, other=0.0).to(tl.float32)
-        post_sums = plus_products(post_sums, grads, y, n)
-        value = post[0][:, None] * grads[0]
-        for i in tl.static_range(1, n):
-            value += post[i][:, None] * grads[i]
-        tl.store(grad_output + place_of_one, rounded(value, grad_output.dtype.element_ty), mask=inside)
-        more = ()
-        for j in tl.static_range(n):
-            x = tl.load(streams + place + j * width, mask=inside, other=0.0).to(tl.float32)
-            mixed = matrix[j][:, None] * grads[0]
-            for i in tl.static_range(1, n):
-                mixed += matrix[i * n + j][:, None] * grads[i]
-            tl.store(grad_streams + place + j * width, rounded(mixed, grad_streams.dtype.element_ty), mask=inside)
-            for i in tl.static_range(n):
-                more = more + (matrix_sums[j * n + i] + tl.sum(grads[i] * x, axis=1),)
-        matrix_sums = more
-    for j in tl.static_range(n):
-        for i in tl.static_range(n):
-            # They were summed stream by stream, so transposed.
-            tl.store(grad_h_res + row * (n * n) + i * n + j, matrix_sums[j * n + i], mask=present)
+        grads = load_streams(grad, row[:, None] * (n * width) + c[None, :], inside, width, n)
+        matrix_sums, post_sums = write_gradients(grads, streams, matrix, post, branch_output, grad_streams, grad_output,
+                                                 matrix_sums, post_sums, row, c, inside, width, n)  # fmt: skip
+    store_numbers(grad_h_res, matrix_sums, row, present, n * n)
     store_numbers(grad_h_post, post_sums, row, present, n)
 
 

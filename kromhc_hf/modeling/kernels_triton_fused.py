@@ -14,81 +14,79 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels_triton import write_backward
-from .kernels_triton_gradients import gate_gradients, streams_gradient, weight_gradient
+from .kernels_triton_gradients import gate_gradients, streams_gradient, weight_gradient, write_width_gradients
 from .kernels_triton_language import (
-    TOKENS,
     first_derivatives,
     jit,
     load_streams,
-    project_tile,
+    plus_projected,
     read_rows,
     rounded,
     run,
     store_gates,
+    sum_of_squares,
     tl,
     written,
+    zeros,
 )
 
 
 # Above, a program cannot hold a tile of the streams and the weight that belongs to it.
 LARGEST_STREAMS, LARGEST_OUTPUTS = 16, 128
 
-# Features of a tile of one stream.
-BLOCK = 128
+# Of a program: tokens, which share the weight, and features of a stream at once.
+FUSED_ROWS, FUSED_BLOCK = 8, 256
 
 
 @jit
 def _width(streams, weight, bias, alpha, branch_input, h_pre, h_post, logits, products, squares, rows, width, eps,
-           n: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    products_sum = tl.zeros((TOKENS, PADDED), tl.float32)
-    square_sums = tl.zeros((TOKENS, BLOCK), tl.float32)
+           n: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    product_sums, square_sum = zeros(K, ROWS), tl.zeros((ROWS,), tl.float32)
     for start in range(0, width, BLOCK):
         c = start + tl.arange(0, BLOCK)
         inside = (row[:, None] < rows) & (c[None, :] < width)
         tiles = load_streams(streams, row[:, None] * (n * width) + c[None, :], inside, width, n)
-        for j in tl.static_range(n):
-            products_sum += project_tile(tiles[j], weight + j * width, c, width, n * width, K, PADDED)
-            square_sums += tiles[j] * tiles[j]
-    store_gates(products_sum, tl.sum(square_sums, axis=1), bias, alpha, h_pre, h_post, logits, products, squares, row,
-                rows, n, width, eps, K, PADDED)  # fmt: skip
+        product_sums = plus_projected(product_sums, tiles, weight, c, width, n, K)
+        square_sum += sum_of_squares(tiles, n)
+    store_gates(product_sums, square_sum, bias, alpha, h_pre, h_post, logits, products, squares, row, rows, n, width,
+                eps, K, PADDED)  # fmt: skip
     read_rows(streams, h_pre, branch_input, row, rows, width, n, BLOCK)
 
 
 @jit
 def _write_width(streams, h_res, h_post, branch_output, weight, bias, alpha, new_streams, branch_input, next_h_pre,
                  next_h_post, logits, products, squares, rows, width, eps, SUM_TO_ONE: tl.constexpr, n: tl.constexpr,
-                 K: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+                 K: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = row < rows
-    products_sum = tl.zeros((TOKENS, PADDED), tl.float32)
-    square_sums = tl.zeros((TOKENS, BLOCK), tl.float32)
+    product_sums, square_sum = zeros(K, ROWS), tl.zeros((ROWS,), tl.float32)
     for start in range(0, width, BLOCK):
         c = start + tl.arange(0, BLOCK)
         inside = present[:, None] & (c[None, :] < width)
         place = row[:, None] * (n * width) + c[None, :]
         tiles = load_streams(streams, place, inside, width, n)
         y = tl.load(branch_output + row[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        seen = ()
         for i in tl.static_range(n):
             value = written(tiles, y, h_res, h_post, row, present, i, SUM_TO_ONE, n)
             stored = rounded(value, new_streams.dtype.element_ty)
             tl.store(new_streams + place + i * width, stored, mask=inside)
             # The next hyper-connection sees the streams as they are rounded.
-            seen = stored.to(tl.float32)
-            products_sum += project_tile(seen, weight + i * width, c, width, n * width, K, PADDED)
-            square_sums += seen * seen
-    store_gates(products_sum, tl.sum(square_sums, axis=1), bias, alpha, next_h_pre, next_h_post, logits, products,
-                squares, row, rows, n, width, eps, K, PADDED)  # fmt: skip
+            seen = seen + (stored.to(tl.float32),)
+        product_sums = plus_projected(product_sums, seen, weight, c, width, n, K)
+        square_sum += sum_of_squares(seen, n)
+    store_gates(product_sums, square_sum, bias, alpha, next_h_pre, next_h_post, logits, products, squares, row, rows,
+                n, width, eps, K, PADDED)  # fmt: skip
     read_rows(new_streams, next_h_pre, branch_input, row, rows, width, n, BLOCK)
 
 
 def launch(streams: Tensor, outputs: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid and the constants of a fused kernel."""
     tokens, n, _ = streams.shape
-    padded = max(16, 1 << (outputs - 1).bit_length())
-    constants = {"n": n, "K": outputs, "PADDED": padded, "TOKENS": TOKENS, "BLOCK": BLOCK}
-    return (-(-tokens // TOKENS),), constants | {"num_warps": 4, "num_stages": 2}
+    constants = {"n": n, "K": outputs, "PADDED": max(16, 1 << (outputs - 1).bit_length())}
+    constants |= {"ROWS": FUSED_ROWS, "BLOCK": FUSED_BLOCK, "num_warps": 4}
+    return (-(-tokens // FUSED_ROWS),), constants
 
 
 def width_outputs(streams: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -152,26 +150,15 @@ def _(streams, h_res, h_post, branch_output, rows_sum_to_one, weight, *others):
     return streams.new_empty(streams.shape), *width_outputs(streams, weight)
 
 
-def width_gradients(
-    known: Tensor | None,
-    grad_input: Tensor,
-    grad_h_post: Tensor,
-    grad_logits: Tensor,
-    saved: tuple[Tensor, ...],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the streams, added to what is `known` of it, and of weight, bias and alpha."""
-    streams, weight, alpha, h_pre, h_post, products, squares = saved
+def gradients_of_gates(grad_input, grad_h_post, grad_logits, saved, eps):
+    """The gradients of products `[T, k]` and mean squares `[T]`; of weight, bias and alpha."""
+    streams, _, alpha, h_pre, h_post, products, squares = saved
     grad_products, grad_squares, grad_bias, by_output = gate_gradients(
         grad_input, streams, h_pre, h_post, grad_h_post, grad_logits, products, squares, alpha, eps
     )
     n = streams.shape[1]
     grad_alpha = torch.stack([part.sum() for part in by_output.tensor_split([n, 2 * n])])
-    grad_streams = streams_gradient(
-        grad_input if known is None else known, known is not None, grad_input, streams, h_pre, weight, grad_products,
-        grad_squares,
-    )  # fmt: skip
-    return grad_streams, weight_gradient(streams, grad_products), grad_bias, grad_alpha
+    return (grad_products, grad_squares), (weight_gradient(streams, grad_products), grad_bias, grad_alpha)
 
 
 def _save_width(ctx, inputs, output):
@@ -181,7 +168,11 @@ def _save_width(ctx, inputs, output):
 
 
 def _width_gradients(ctx, grad_input, _, grad_h_post, grad_logits, *others):
-    return *width_gradients(None, grad_input, grad_h_post, grad_logits, ctx.saved_tensors, ctx.eps), None
+    saved = ctx.saved_tensors
+    of_tokens, of_parameters = gradients_of_gates(grad_input, grad_h_post, grad_logits, saved, ctx.eps)
+    streams, weight, _, h_pre, *_ = saved
+    grad_streams = streams_gradient(grad_input, False, grad_input, streams, h_pre, weight, *of_tokens)
+    return grad_streams, *of_parameters, None
 
 
 def _save_write_width(ctx, inputs, output):
@@ -193,9 +184,12 @@ def _save_write_width(ctx, inputs, output):
 
 def _write_width_gradients(ctx, grad_streams, grad_input, _, grad_h_post, grad_logits, *unused):
     # Under checkpointing they can be asked for once only.
-    saved = ctx.saved_tensors
-    grad_streams, *others = width_gradients(grad_streams, grad_input, grad_h_post, grad_logits, saved[4:], ctx.eps)
-    return *write_backward(grad_streams, *saved[:4]), None, *others, None
+    streams, h_res, h_post, branch_output, *saved = ctx.saved_tensors
+    of_tokens, of_parameters = gradients_of_gates(grad_input, grad_h_post, grad_logits, saved, ctx.eps)
+    new_streams, weight, _, next_h_pre, *_ = saved
+    written = (streams, h_res, h_post, branch_output)
+    read = (grad_input, new_streams, next_h_pre, weight)
+    return *write_width_gradients(grad_streams, *read, *of_tokens, *written), None, *of_parameters, None
 
 
 width.register_autograd(first_derivatives(_width_gradients), setup_context=_save_width)

@@ -17,16 +17,22 @@ from .kernels_triton_language import (
     ROWS,
     block_size,
     jit,
+    load_numbers,
     load_streams,
     plus_products,
     rounded,
     run,
+    store_numbers,
     tl,
+    write_gradients,
     zeros,
 )
 
 
 FEATURES = 64
+# Of a program that makes the gradient of the streams: tokens, which share the weight, and features of a stream.
+GRADIENT_ROWS, GRADIENT_BLOCK = 16, 128
+BOTH_ROWS, BOTH_BLOCK = 4, 256
 # How many tokens one program sums the weight gradient over at least, and how many such sums there are at most.
 SHARE, SHARES = 512, 32
 
@@ -68,28 +74,63 @@ def _gate_gradients(grad_input, streams, h_pre, h_post, grad_h_post, grad_logits
 
 
 @jit
+def stream_gradient(known, g, streams, h_pre, weight, by_output, by_square, row, c, present, width, j: tl.constexpr,
+                    ADD: tl.constexpr, n: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    """The gradient of stream j, `[ROWS, BLOCK]` in fp32, and where it belongs."""
+    inside = present[:, None] & (c[None, :] < width)
+    place = row[:, None] * (n * width) + j * width + c[None, :]
+    x = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
+    read = tl.load(h_pre + row * n + j, mask=present, other=0.0)
+    value = read[:, None] * g + by_square[:, None] * x
+    for k in tl.static_range(K):
+        w = tl.load(weight + (k * n + j) * width + c, mask=c < width, other=0.0)
+        value += by_output[k][:, None] * w[None, :]
+    if ADD:
+        value += tl.load(known + place, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@jit
 def _streams_gradient(known, grad_input, streams, h_pre, weight, grad_products, grad_squares, out, rows, width,
-                      ADD: tl.constexpr, n: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr,
-                      BLOCK: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    c, k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
+                      ADD: tl.constexpr, n: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     present = row < rows
     inside = present[:, None] & (c[None, :] < width)
-    some = present[:, None] & (k[None, :] < K)
-    by_output = tl.load(grad_products + row[:, None] * K + k[None, :], mask=some, other=0.0)
+    by_output = load_numbers(grad_products, row, present, K)
     # The mean square is over all features.
     by_square = tl.load(grad_squares + row, mask=present, other=0.0) * (2 / (n * width))
     g = tl.load(grad_input + row[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    for j in range(0, n):
+    for j in tl.static_range(n):
+        value = stream_gradient(known, g, streams, h_pre, weight, by_output, by_square, row, c, present, width, j, ADD,
+                                n, K)  # fmt: skip
         place = row[:, None] * (n * width) + j * width + c[None, :]
-        w_inside = (k[:, None] < K) & (c[None, :] < width)
-        w = tl.load(weight + k[:, None] * (n * width) + j * width + c[None, :], mask=w_inside, other=0.0)
-        x = tl.load(streams + place, mask=inside, other=0.0).to(tl.float32)
-        read = tl.load(h_pre + row * n + j, mask=present, other=0.0)
-        value = tl.dot(by_output, w, input_precision=PRECISION) + read[:, None] * g + by_square[:, None] * x
-        if ADD:
-            value += tl.load(known + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + place, rounded(value, out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _write_width_gradients(known, grad_input, new_streams, h_pre, weight, grad_products, grad_squares, streams, h_res,
+                           h_post, branch_output, grad_streams, grad_h_res, grad_h_post, grad_output, rows, width,
+                           n: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present = row < rows
+    matrix, post = load_numbers(h_res, row, present, n * n), load_numbers(h_post, row, present, n)
+    by_output = load_numbers(grad_products, row, present, K)
+    by_square = tl.load(grad_squares + row, mask=present, other=0.0) * (2 / (n * width))
+    matrix_sums, post_sums = zeros(n * n, ROWS), zeros(n, ROWS)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        inside = present[:, None] & (c[None, :] < width)
+        g = tl.load(grad_input + row[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        grads = ()
+        for j in tl.static_range(n):
+            value = stream_gradient(known, g, new_streams, h_pre, weight, by_output, by_square, row, c, present, width,
+                                    j, True, n, K)  # fmt: skip
+            grads = grads + (value,)
+        matrix_sums, post_sums = write_gradients(grads, streams, matrix, post, branch_output, grad_streams, grad_output,
+                                                 matrix_sums, post_sums, row, c, inside, width, n)  # fmt: skip
+    store_numbers(grad_h_res, matrix_sums, row, present, n * n)
+    store_numbers(grad_h_post, post_sums, row, present, n)
 
 
 @jit
@@ -166,16 +207,46 @@ def streams_gradient(
     tokens, n, width = streams.shape
     out, outputs = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device), weight.shape[0]
     inputs = (known, grad_input, streams, h_pre, weight, grad_products, grad_squares)
-    padded, together = _sizes(outputs)
-    grid = (-(-tokens // together), -(-width // FEATURES))
-    tensors, constants = (tensor.contiguous() for tensor in inputs), (add, n, outputs, padded, together, FEATURES)
-    run(_streams_gradient, grid, *tensors, out, tokens, width, *constants, num_stages=2)
+    constants = {"ADD": add, "n": n, "K": outputs, "ROWS": GRADIENT_ROWS, "BLOCK": GRADIENT_BLOCK, "num_warps": 4}
+    grid = (-(-tokens // GRADIENT_ROWS), -(-width // GRADIENT_BLOCK))
+    run(_streams_gradient, grid, *(tensor.contiguous() for tensor in inputs), out, tokens, width, **constants)
     return out
 
 
 @streams_gradient.register_fake
 def _(known, add, grad_input, streams, *others):
     return streams.new_empty(streams.shape)
+
+
+@torch.library.custom_op("kromhc_hf::write_width_gradients", mutates_args=())
+def write_width_gradients(
+    known: Tensor,
+    grad_input: Tensor,
+    new_streams: Tensor,
+    h_pre: Tensor,
+    weight: Tensor,
+    grad_products: Tensor,
+    grad_squares: Tensor,
+    streams: Tensor,
+    h_res: Tensor,
+    h_post: Tensor,
+    branch_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`write_backward` of the gradient that `streams_gradient` adds to `known`, which never is in memory."""
+    tokens, n, width = streams.shape
+    inputs = (known, grad_input, new_streams, h_pre, weight, grad_products, grad_squares)
+    written = (streams, h_res, h_post, branch_output)
+    outputs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in written]
+    constants = {"n": n, "K": weight.shape[0], "ROWS": BOTH_ROWS, "BLOCK": BOTH_BLOCK, "num_warps": 4}
+    contiguous = (tensor.contiguous() for tensor in (*inputs, *written))
+    run(_write_width_gradients, (-(-tokens // BOTH_ROWS),), *contiguous, *outputs, tokens, width, **constants)
+    return outputs[0], outputs[1], outputs[2], outputs[3]
+
+
+@write_width_gradients.register_fake
+def _(known, grad_input, new_streams, h_pre, weight, grad_products, grad_squares, *written):
+    made = [t.new_empty(t.shape) for t in written]
+    return made[0], made[1], made[2], made[3]
 
 
 @torch.library.custom_op("kromhc_hf::weight_gradient", mutates_args=())

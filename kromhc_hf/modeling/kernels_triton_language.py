@@ -151,25 +151,69 @@ def plus_products(sums, tiles, tile, n: tl.constexpr):
 
 
 @jit
+def write_gradients(grads, streams, matrix, post, branch_output, grad_streams, grad_output, matrix_sums, post_sums, row,
+                    c, inside, width, n: tl.constexpr):  # fmt: skip
+    """Stores the gradients of streams and branch output of a block, and adds to those of `h_res` and `h_post`."""
+    of_one, place = row[:, None] * width + c[None, :], row[:, None] * (n * width) + c[None, :]
+    y = tl.load(branch_output + of_one, mask=inside, other=0.0).to(tl.float32)
+    value = post[0][:, None] * grads[0]
+    for i in tl.static_range(1, n):
+        value += post[i][:, None] * grads[i]
+    tl.store(grad_output + of_one, rounded(value, grad_output.dtype.element_ty), mask=inside)
+    for j in tl.static_range(n):
+        mixed = matrix[j][:, None] * grads[0]
+        for i in tl.static_range(1, n):
+            mixed += matrix[i * n + j][:, None] * grads[i]
+        tl.store(grad_streams + place + j * width, rounded(mixed, grad_streams.dtype.element_ty), mask=inside)
+    tiles = load_streams(streams, place, inside, width, n)
+    more = ()
+    for i in tl.static_range(n):
+        for j in tl.static_range(n):
+            more = more + (matrix_sums[i * n + j] + tl.sum(grads[i] * tiles[j], axis=1),)
+    return more, plus_products(post_sums, grads, y, n)
+
+
+@jit
 def store_numbers(target, numbers, row, present, count: tl.constexpr):
     for k in tl.static_range(count):
         tl.store(target + row * count + k, numbers[k], mask=present)
 
 
 @jit
-def project_tile(tile, weight, c, width, features, K: tl.constexpr, PADDED: tl.constexpr):
-    """Products `[ROWS, PADDED]` of a tile `[ROWS, BLOCK]` in fp32 with the weight of its stream."""
-    output = tl.arange(0, PADDED)
-    inside = (output[:, None] < K) & (c[None, :] < width)
-    w = tl.load(weight + output[:, None] * features + c[None, :], mask=inside, other=0.0)
-    return tl.dot(tile, tl.trans(w), input_precision=PRECISION)
+def plus_projected(sums, tiles, weight, c, width, n: tl.constexpr, K: tl.constexpr):
+    """`sums` and the products of the tiles with the weight `[K, n * width]`, `[ROWS]` each."""
+    more = ()
+    for k in tl.static_range(K):
+        part = tiles[0] * tl.load(weight + k * n * width + c, mask=c < width, other=0.0)[None, :]
+        for j in tl.static_range(1, n):
+            part += tiles[j] * tl.load(weight + (k * n + j) * width + c, mask=c < width, other=0.0)[None, :]
+        more = more + (sums[k] + tl.sum(part, axis=1),)
+    return more
 
 
 @jit
-def store_gates(products_sum, square_sum, bias, alpha, h_pre, h_post, logits, products, squares, row, rows, n, width,
+def sum_of_squares(tiles, n: tl.constexpr):
+    total = tiles[0] * tiles[0]
+    for j in tl.static_range(1, n):
+        total += tiles[j] * tiles[j]
+    return tl.sum(total, axis=1)
+
+
+@jit
+def columns(numbers, k, count: tl.constexpr):
+    """The numbers of each row, `[ROWS]` each, as the columns of a tile, 0 in all others."""
+    tile = tl.where(k[None, :] == 0, numbers[0][:, None], 0.0)
+    for i in tl.static_range(1, count):
+        tile = tl.where(k[None, :] == i, numbers[i][:, None], tile)
+    return tile
+
+
+@jit
+def store_gates(product_sums, square_sum, bias, alpha, h_pre, h_post, logits, products, squares, row, rows, n, width,
                 eps, K: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
     """Stores what the mappings of a block of tokens are, and what their gradient needs."""
     k = tl.arange(0, PADDED)
+    products_sum = columns(product_sums, k, K)
     mean = square_sum / (n * width)
     tl.store(squares + row, mean, mask=row < rows)
     inside = (row[:, None] < rows) & (k[None, :] < K)
