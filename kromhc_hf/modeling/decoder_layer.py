@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hyper_connection import HyperConnection
-from .kernels import UnwrittenStreams
 from .layer_spec import LayerSpec, Step, Sublayer, attribute, forward_parameters
 from .options import StreamOptions
 from .stream_ends import READOUTS, StreamExpansion, StreamReadout, expand
@@ -68,14 +67,11 @@ class HyperConnectedLayer(nn.Module):
                 streams = streams.float()
             streams = self.make_streams(streams)
         attention_output: tuple[Any, ...] = ()
-        hyper_connections: list[Any] = [getattr(self, name) for name in self.spec.names]
-        for step, hyper_connection, reader in zip(self.spec.steps, hyper_connections, (*hyper_connections[1:], None)):
-            branch_input, write = hyper_connection(streams)
+        for step, name in zip(self.spec.steps, self.spec.names):
+            branch_input, write = getattr(self, name)(streams)
             branch_output, extras = self.run_step(step, branch_input, kwargs)
             attention_output = extras or attention_output
-            # Asked of the class, since wrappers pass on what they do not have themselves.
-            fused = hasattr(type(reader), "writes_first") and reader.writes_first(write)
-            streams = UnwrittenStreams(write, branch_output) if fused else write(branch_output)
+            streams = write(branch_output)
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.

@@ -9,15 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .kernels import (
-    TritonWrite,
-    UnwrittenStreams,
-    check_kernel,
-    connect_triton,
-    connect_unwritten,
-    fuses,
-    select_connect,
-)
+from .kernels import check_kernel, select_connect
 from .kernels_eager import without_autocast
 from .mixing import cast
 from .options import BRANCH_OPTIONS, BranchKeywords, StreamOptions, show_options
@@ -39,13 +31,6 @@ class Mappings(NamedTuple):
 def optional_cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The tensor in this dtype, if there is one."""
     return None if tensor is None else cast(tensor, dtype)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything but the forward of its class sees what the module is called with."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    # Offloading puts a forward of its own on the instance.
-    return any(hooks) or "forward" in vars(module) or bool(nn.modules.module._has_any_global_hook())
 
 
 class HyperConnection(StreamModule):
@@ -120,21 +105,13 @@ class HyperConnection(StreamModule):
             init.zeros_(self.weight)
             init.constant_(self.alpha, INITIAL_ALPHA)
 
-    def forward(self, streams: Tensor | UnwrittenStreams) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def forward(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Width connection: reads the branch input from the streams `[B, S, n, C]`.
-
-        Streams that the hyper-connection before has not written yet are written here, where `writes_first` says so.
 
         Returns:
             The branch input `[B, S, C]`, and the depth connection `write`: it takes the branch output `[B, S, C]` and
             returns the new streams `[B, S, n, C]`.
         """
-        if isinstance(streams, UnwrittenStreams):
-            assert self.weight is not None
-            assert self.bias is not None
-            assert self.alpha is not None
-            with without_autocast(streams.branch_output):
-                return connect_unwritten(streams, self.weight, self.bias, self.alpha, self.mixing, self.eps)
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
         dtype = self._dtype(streams)
@@ -143,22 +120,12 @@ class HyperConnection(StreamModule):
         assert bias is not None
         with without_autocast(streams):
             branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps)
-        if isinstance(write_back, TritonWrite):
-            return branch_input, write_back
 
         def write(branch_output: Tensor) -> Tensor:
             with without_autocast(streams):
                 return write_back(branch_output)
 
         return branch_input, write
-
-    def writes_first(self, write: Callable[[Tensor], Tensor]) -> bool:
-        """Whether `forward` takes `UnwrittenStreams` of this depth connection, and nobody else would see them."""
-        if self.kernel == "torch" or not isinstance(write, TritonWrite) or has_hooks(self):
-            return False
-        if write.tokens.shape[1] != self.num_streams or not fuses(self.weight, self.mixing):
-            return False
-        return select_connect(self.kernel, write.tokens, self._dtype(write.tokens)) is connect_triton
 
     def mappings(self, streams: Tensor) -> Mappings:
         """The mappings for the streams `[B, S, n, C]`, in at least fp32; for inspection."""

@@ -2,7 +2,6 @@
 """Which implementation reads and writes the streams: plain PyTorch, or Triton where it can run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -12,9 +11,10 @@ from torch import Tensor
 from .kernels_compiled import Project, Read, Write
 from .kernels_eager import connect, connect_reference
 from .kernels_eager_passes import transformed
-from .kernels_triton import project, read, write
-from .kernels_triton_fused import LARGEST_OUTPUTS, LARGEST_STREAMS, width, write_width
-from .kernels_triton_language import AVAILABLE, DTYPES, INTERPRETED
+from .kernels_triton import read, write
+from .kernels_triton_language import AVAILABLE, DTYPES, INTERPRETED, LARGEST_OUTPUTS, LARGEST_STREAMS
+from .kernels_triton_projection import project
+from .kernels_triton_width import Width
 from .mixing import Mixing
 
 
@@ -25,28 +25,6 @@ KERNELS = ("auto", "torch", "triton", "reference")
 Connect = Callable[
     [Tensor, Tensor | None, Tensor, Tensor | None, Mixing, float], tuple[Tensor, Callable[[Tensor], Tensor]]
 ]
-
-
-@dataclass(frozen=True)
-class TritonWrite:
-    """A depth connection in Triton, called with the branch output `[..., C]`."""
-
-    tokens: Tensor  # [T, n, C]
-    h_res: Tensor
-    h_post: Tensor
-    rows_sum_to_one: bool
-    shape: torch.Size  # of the streams
-
-    def __call__(self, branch_output: Tensor) -> Tensor:
-        output = branch_output.flatten(0, -2)
-        return write(self.tokens, self.h_res, self.h_post, output, self.rows_sum_to_one).view(self.shape)
-
-
-class UnwrittenStreams(NamedTuple):
-    """Streams that the next hyper-connection writes, in the kernel that reads them."""
-
-    write: TritonWrite
-    branch_output: Tensor  # [..., C]
 
 
 class Passes(NamedTuple):
@@ -99,6 +77,8 @@ def _obstacle(streams: Tensor, dtype: torch.dtype, interpreted: bool) -> str | N
         return f"takes streams in float32, bfloat16 or float16 with fp32 coefficients; got {streams.dtype} and {dtype}"
     if streams.device.type != "cuda" and not (interpreted and INTERPRETED):
         return f"needs a CUDA device, or TRITON_INTERPRET=1 in the environment; got streams on {streams.device}"
+    if streams.shape[-2] > LARGEST_STREAMS:
+        return f"takes at most {LARGEST_STREAMS} streams; got {streams.shape[-2]}"
     if transformed():
         return "has no forward-mode derivatives and no rules for transforms of torch.func"
     return None
@@ -127,35 +107,21 @@ def connect_passes(
 
 
 def fuses(weight: Tensor | None, mixing: Mixing) -> bool:
-    """Whether one Triton kernel makes the whole width connection."""
-    if weight is None or not mixing.plain_gates:
-        return False
-    return mixing.num_streams <= LARGEST_STREAMS and weight.shape[0] <= LARGEST_OUTPUTS
+    """Whether the Triton kernel of the projection makes the gates as well."""
+    return weight is not None and mixing.plain_gates and weight.shape[0] <= LARGEST_OUTPUTS
 
 
 def connect_triton(
     streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mixing: Mixing, eps: float
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The same in Triton, and in one kernel where the gates are sigmoids of one projection."""
-    if weight is None or alpha is None or not fuses(weight, mixing):
+    """The same in Triton, with the gates in the kernel of the projection where they are sigmoids of it."""
+    if not fuses(weight, mixing):
         return connect_passes(streams, weight, bias, alpha, mixing, eps, TRITON)
-    tokens = streams.flatten(0, -3)
-    branch_input, _, h_post, logits, *_ = width(tokens, weight, bias, alpha, eps)
-    return branch_input.view(*streams.shape[:-2], -1), _write(tokens, h_post, logits, mixing, streams.shape)
-
-
-def connect_unwritten(
-    streams: UnwrittenStreams, weight: Tensor, bias: Tensor, alpha: Tensor, mixing: Mixing, eps: float
-) -> tuple[Tensor, TritonWrite]:
-    """Writes the streams and connects them, in one kernel."""
-    old, branch_output = streams
-    output = branch_output.flatten(0, -2)
-    tokens, branch_input, _, h_post, logits, *_ = write_width(
-        old.tokens, old.h_res, old.h_post, output, old.rows_sum_to_one, weight, bias, alpha, eps
-    )
-    return branch_input.view(branch_output.shape), _write(tokens, h_post, logits, mixing, old.shape)
-
-
-def _write(tokens: Tensor, h_post: Tensor, logits: Tensor, mixing: Mixing, shape: torch.Size) -> TritonWrite:
+    tokens, branch_input, h_post, logits = Width.apply(streams.flatten(0, -3), weight, bias, alpha, eps)
     h_res = mixing.matrix(logits)
-    return TritonWrite(tokens, h_res, h_post, mixing.rows_sum_to_one, shape)
+
+    def write_back(branch_output: Tensor) -> Tensor:
+        output = branch_output.flatten(0, -2)
+        return write(tokens, h_res, h_post, output, mixing.rows_sum_to_one).view(streams.shape)
+
+    return branch_input.view(*streams.shape[:-2], -1), write_back

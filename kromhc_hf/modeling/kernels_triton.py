@@ -1,10 +1,10 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""The passes over the streams as Triton kernels, registered as custom operators that torch.compile sees whole.
+"""Reads and writes the streams in Triton, in custom operators that torch.compile sees whole.
 
-One program works on one token (the projection: on 16), so that each pass moves every stream once: of memory the
-projection and the read move `n C` and `(n + 1) C` elements per token, the write `(2n + 1) C`, the backward passes of
-read and write `(2n + 1) C` and `(3n + 2) C`. All sums are fp32. Without a GPU the kernels run in Triton's interpreter,
-with `TRITON_INTERPRET=1` in the environment.
+A warp works on one token and holds a tile of each stream, so that each pass moves every stream once: of memory the
+read moves `(n + 1) C` elements per token, the write `(2n + 1) C`, the backward passes of read and write `(2n + 1) C` and
+`(3n + 2) C`. All sums are fp32. Without a GPU the kernels run in Triton's interpreter, with `TRITON_INTERPRET=1` in the
+environment.
 """
 
 # mypy: ignore-errors
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from .kernels_triton_language import (
-    PRECISION,
     ROWS,
-    TOKENS,
     block_size,
     first_derivatives,
     jit,
@@ -34,31 +32,6 @@ from .kernels_triton_language import (
     written,
     zeros,
 )
-
-
-DEPTH = 64
-# A wider weight is projected by several programs.
-OUTPUTS = 64
-
-
-@jit
-def _project(streams, weight, products, squares, rows, width, K: tl.constexpr, PADDED: tl.constexpr,
-             TOKENS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    output = tl.program_id(1) * PADDED + tl.arange(0, PADDED)
-    products_sum = tl.zeros((TOKENS, PADDED), tl.float32)
-    square_sum = tl.zeros((TOKENS,), tl.float32)
-    for start in range(0, width, DEPTH):
-        c = start + tl.arange(0, DEPTH)
-        inside = (row[:, None] < rows) & (c[None, :] < width)
-        x = tl.load(streams + row[:, None] * width + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        w_inside = (output[:, None] < K) & (c[None, :] < width)
-        w = tl.load(weight + output[:, None] * width + c[None, :], mask=w_inside, other=0.0)
-        products_sum += tl.dot(x, tl.trans(w), input_precision=PRECISION)
-        square_sum += tl.sum(x * x, axis=1)
-    inside = (row[:, None] < rows) & (output[None, :] < K)
-    tl.store(products + row[:, None] * K + output[None, :], products_sum, mask=inside)
-    tl.store(squares + row, square_sum / width, mask=row < rows)
 
 
 @jit
@@ -132,28 +105,6 @@ def _sizes(streams: Tensor, in_one_go: bool) -> tuple[tuple[int, ...], tuple[int
     return grid[:1] if in_one_go else grid, (tokens, width), constants
 
 
-@torch.library.custom_op("kromhc_hf::project", mutates_args=())
-def project(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Products `[T, G, k]` and mean squares `[T, G]` of streams `[T, n, C]` and weight `[k, n * C / G]`."""
-    outputs, width = weight.shape
-    groups = streams.shape[1] * streams.shape[2] // width
-    rows = len(streams) * groups
-    products = streams.new_empty(len(streams), groups, outputs, dtype=torch.float32)
-    squares = streams.new_empty(products.shape[:2], dtype=torch.float32)
-    padded = min(OUTPUTS, max(16, 1 << (outputs - 1).bit_length()))
-    grid = (-(-rows // TOKENS), -(-outputs // padded))
-    inputs = (streams.contiguous(), weight.contiguous())
-    run(_project, grid, *inputs, products, squares, rows, width, outputs, padded, TOKENS, DEPTH)
-    return products, squares
-
-
-@project.register_fake
-def _(streams, weight):
-    groups = streams.shape[1] * streams.shape[2] // weight.shape[1]
-    products = streams.new_empty(streams.shape[0], groups, weight.shape[0], dtype=torch.float32)
-    return products, streams.new_empty(streams.shape[0], groups, dtype=torch.float32)
-
-
 @torch.library.custom_op("kromhc_hf::read", mutates_args=())
 def read(streams: Tensor, h_pre: Tensor) -> Tensor:
     """`sum_j h_pre[j] streams[j]`: `[T, n, C]` and `[T, n]` -> `[T, C]`."""
@@ -221,14 +172,6 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
 
 
-def _project_gradients(ctx, grad_products, grad_squares):
-    streams, weight = ctx.saved_tensors
-    width = weight.shape[1]
-    rows, grad = streams.reshape(-1, width).float(), grad_products.flatten(0, 1)
-    grad_rows = torch.addcmul(grad @ weight, grad_squares.reshape(-1, 1) * 2 / width, rows)
-    return grad_rows.view(streams.shape).to(streams.dtype), grad.t() @ rows
-
-
 def _read_gradients(ctx, grad):
     return read_backward(grad, *ctx.saved_tensors)
 
@@ -237,6 +180,5 @@ def _write_gradients(ctx, grad):
     return *write_backward(grad, *ctx.saved_tensors), None
 
 
-project.register_autograd(first_derivatives(_project_gradients), setup_context=_save)
 read.register_autograd(first_derivatives(_read_gradients), setup_context=_save)
 write.register_autograd(first_derivatives(_write_gradients), setup_context=_save)

@@ -1,5 +1,5 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""What the Triton kernels share: whether Triton is there, rounding, the gates and the read of a block of tokens.
+"""What the Triton kernels share: whether Triton is there, rounding, and the tiles of a block of tokens.
 
 All files of kernels begin as this one: mypy does not check them, since the language of kernels is not Python and its
 types are not types; and annotations stay text, which Triton reads, and without Triton nothing could evaluate them.
@@ -30,10 +30,12 @@ ROUNDS_BY_ITSELF = AVAILABLE and tl.constexpr(not INTERPRETED)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens of a program without a matrix product, one per warp.
 ROWS = 4
-# Tokens of a program with a matrix product, whose sides are at least 16.
-TOKENS = 16
-# TF32 would round the streams to 11 bits.
-PRECISION = AVAILABLE and tl.constexpr("ieee")
+# A wider weight is projected by several programs, and leaves the gates to others.
+LARGEST_OUTPUTS = 64
+# Three products of what TF32 has of both factors and of the rest, which miss fp32 by its last bits.
+PRECISION = AVAILABLE and tl.constexpr("tf32x3")
+# More streams would not stay in registers: every pass holds a tile of each.
+LARGEST_STREAMS = 8
 SNAP_DISTANCE = AVAILABLE and tl.constexpr(snap_distance(torch.float32))
 
 
@@ -44,6 +46,11 @@ def jit(function):
 def block_size(num_streams: int) -> int:
     """How many features of all streams a program holds at once: 16 bytes of each in every thread, and fewer of many."""
     return 256 if num_streams <= 4 else 128 if num_streams <= 8 else 64
+
+
+def padded_outputs(outputs: int) -> int:
+    """The outputs of one program, filled up to what tensor cores take."""
+    return min(LARGEST_OUTPUTS, max(16, 1 << (outputs - 1).bit_length()))
 
 
 def run(kernel, grid, *arguments, **constants):
@@ -180,69 +187,9 @@ def store_numbers(target, numbers, row, present, count: tl.constexpr):
 
 
 @jit
-def plus_projected(sums, tiles, weight, c, width, n: tl.constexpr, K: tl.constexpr):
-    """`sums` and the products of the tiles with the weight `[K, n * width]`, `[ROWS]` each."""
-    more = ()
-    for k in tl.static_range(K):
-        part = tiles[0] * tl.load(weight + k * n * width + c, mask=c < width, other=0.0)[None, :]
-        for j in tl.static_range(1, n):
-            part += tiles[j] * tl.load(weight + (k * n + j) * width + c, mask=c < width, other=0.0)[None, :]
-        more = more + (sums[k] + tl.sum(part, axis=1),)
-    return more
-
-
-@jit
-def sum_of_squares(tiles, n: tl.constexpr):
-    total = tiles[0] * tiles[0]
-    for j in tl.static_range(1, n):
-        total += tiles[j] * tiles[j]
-    return tl.sum(total, axis=1)
-
-
-@jit
-def columns(numbers, k, count: tl.constexpr):
-    """The numbers of each row, `[ROWS]` each, as the columns of a tile, 0 in all others."""
-    tile = tl.where(k[None, :] == 0, numbers[0][:, None], 0.0)
-    for i in tl.static_range(1, count):
-        tile = tl.where(k[None, :] == i, numbers[i][:, None], tile)
-    return tile
-
-
-@jit
-def store_gates(product_sums, square_sum, bias, alpha, h_pre, h_post, logits, products, squares, row, rows, n, width,
-                eps, K: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
-    """Stores what the mappings of a block of tokens are, and what their gradient needs."""
-    k = tl.arange(0, PADDED)
-    products_sum = columns(product_sums, k, K)
-    mean = square_sum / (n * width)
-    tl.store(squares + row, mean, mask=row < rows)
-    inside = (row[:, None] < rows) & (k[None, :] < K)
-    tl.store(products + row[:, None] * K + k[None, :], products_sum, mask=inside)
-    scale = tl.where(k < n, tl.load(alpha), tl.where(k < 2 * n, tl.load(alpha + 1), tl.load(alpha + 2)))
-    static = tl.load(bias + k, mask=k < K, other=0.0)
-    logit = static[None, :] + scale[None, :] * (products_sum * tl.rsqrt(mean + eps)[:, None])
-    # Divided to the last bit: the read weights of a new hyper-connection must sum to 1 within 4 eps.
-    gate = tl.math.div_rn(tl.full(logit.shape, 1.0, tl.float32), 1.0 + tl.exp(-logit))
-    pre = h_pre + row[:, None] * n + k[None, :]
-    tl.store(pre, gate, mask=inside & (k[None, :] < n))
-    post = h_post + row[:, None] * n + (k[None, :] - n)
-    tl.store(post, 2.0 * gate, mask=inside & (k[None, :] >= n) & (k[None, :] < 2 * n))
-    residual = logits + row[:, None] * (K - 2 * n) + (k[None, :] - 2 * n)
-    tl.store(residual, logit, mask=inside & (k[None, :] >= 2 * n))
-
-
-@jit
-def read_rows(streams, h_pre, out, row, rows, width, n: tl.constexpr, BLOCK: tl.constexpr):
-    """Reads the streams of a block of tokens, from the end, which the cache still has."""
-    # What other threads of this program have stored.
-    tl.debug_barrier()
-    present = row < rows
-    weights = load_numbers(h_pre, row, present, n)
-    total = sum_of(weights, n)
-    blocks = tl.cdiv(width, BLOCK)
-    for block in range(0, blocks):
-        c = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        inside = present[:, None] & (c[None, :] < width)
-        tiles = load_streams(streams, row[:, None] * (n * width) + c[None, :], inside, width, n)
-        value = weighted(tiles, weights, total, n)
-        tl.store(out + row[:, None] * width + c[None, :], rounded(value, out.dtype.element_ty), mask=inside)
+def narrow_dot(left, right, total):
+    """A product of tiles in bf16, added to a total in fp32."""
+    if ROUNDS_BY_ITSELF:
+        return tl.dot(left, right, total)
+    # The interpreter takes bf16 for whole numbers.
+    return tl.dot(left.to(tl.float32), right.to(tl.float32), total)

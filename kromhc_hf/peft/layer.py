@@ -1,7 +1,6 @@
 """Where the hyper-connections of PEFT adapters live in a base model, and the layers and models that run with them."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from ..modeling.decoder_layer import (
     layer_namespace,
 )
 from ..modeling.host import record_outputs_of
-from ..modeling.hyper_connection import Mappings, has_hooks
+from ..modeling.hyper_connection import Mappings
 from ..modeling.layer_spec import LayerSpec, attribute
 from ..modeling.model_forward import with_readout
 from ..modeling.options import StreamOptions
@@ -79,10 +78,6 @@ class StreamSite(nn.Module, BaseTunerLayer):
 
     def forward(self, inputs: Any) -> Any:
         return self.active_module(inputs)
-
-    def writes_first(self, write: Callable[[Tensor], Tensor]) -> bool:
-        """See `HyperConnection.writes_first`."""
-        return not has_hooks(self) and self.active_module.writes_first(write)
 
     def mappings(self, streams: Tensor) -> Mappings:
         """The mappings of the active adapter, see `HyperConnection.mappings`."""

@@ -1,0 +1,49 @@
+# Code of kromhc-hf, which travels with every model that it saves.
+"""The width connection in Triton, with a gradient that takes up the one of the depth connection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels_triton import read
+from .kernels_triton_gradients import gate_gradients, streams_gradient, weight_gradient
+from .kernels_triton_language import first_derivatives
+from .kernels_triton_projection import gates
+
+
+class Width(torch.autograd.Function):
+    """Streams `[T, n, C]`, weight `[k, n C]`, bias `[k]` and alpha `[3]` to what the rest of a branch needs.
+
+    These are the streams themselves, the branch input `[T, C]`, `h_post [T, n]` and the residual logits. The depth
+    connection mixes the streams that are returned here: what it says about them then arrives here, and is added where
+    their gradient is made instead of in a pass of its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, streams: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        h_pre, h_post, logits, products, squares = gates(streams, weight, bias, alpha, eps)
+        ctx.save_for_backward(streams, weight, alpha, h_pre, h_post, products, squares)
+        ctx.eps = eps
+        return streams.view_as(streams), read(streams, h_pre), h_post, logits
+
+    @staticmethod
+    @first_derivatives
+    def backward(
+        ctx: Any, known: Tensor, grad_input: Tensor, grad_h_post: Tensor, grad_logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        # Under checkpointing they can be asked for once only.
+        streams, weight, alpha, h_pre, h_post, products, squares = ctx.saved_tensors
+        grad_products, grad_squares, grad_bias, by_output = gate_gradients(
+            grad_input, streams, h_pre, h_post, grad_h_post, grad_logits, products, squares, alpha, ctx.eps
+        )
+        n = streams.shape[1]
+        grad_alpha = torch.stack([part.sum() for part in by_output.tensor_split([n, 2 * n])])
+        grad_weight = weight_gradient(streams.flatten(1), grad_products)
+        read_from = (streams, h_pre, weight)
+        grad_streams = streams_gradient(known, grad_input, *read_from, grad_products, grad_squares)
+        return grad_streams, grad_weight, grad_bias, grad_alpha, None
