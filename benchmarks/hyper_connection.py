@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--streams", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--kernel", choices=KERNELS, default="torch")
+    parser.add_argument("--kernel", choices=KERNELS, default="auto")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

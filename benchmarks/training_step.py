@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--kernel", choices=KERNELS, default="torch")
+    parser.add_argument("--kernel", choices=KERNELS, default="auto")
     parser.add_argument("--compile", action="store_true", help="measure the compiled models as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

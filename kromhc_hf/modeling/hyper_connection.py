@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .kernels import check_kernel, select_connect
+from .kernels import check_kernel, described, select_connect
 from .kernels_eager import without_autocast
 from .mixing import cast
 from .options import BRANCH_OPTIONS, BranchKeywords, StreamOptions, show_options
@@ -52,10 +52,10 @@ class HyperConnection(StreamModule):
         hidden_size: C.
         num_streams: n.
         branch_index: which branch of the model this is; the init favours stream `branch_index % n`.
-        kernel: what reads and writes the streams: "torch" (plain PyTorch), "triton" (refused where it cannot run),
-            "auto" (Triton on a CUDA device, if it is installed), or "reference" (operations that autograd knows and
-            nothing else: slow, and differentiable in every way). It can be set later, as the attribute `kernel`. The
-            default is "torch" until the Triton kernels have been measured on a GPU.
+        kernel: what reads and writes the streams: "auto" (Triton on a CUDA device, if it is installed and agrees with
+            plain PyTorch in a check of a moment; otherwise plain PyTorch), "torch" (plain PyTorch), "triton" (refused
+            where it cannot run), or "reference" (operations that autograd knows and nothing else: slow, and
+            differentiable in every way). It can be set later, as the attribute `kernel`.
         **options: what a single hyper-connection reads of `StreamOptions`. Static mappings (`dynamic=False`) have no
             `weight` and no `alpha`.
 
@@ -70,7 +70,7 @@ class HyperConnection(StreamModule):
         num_streams: int,
         *,
         branch_index: int = 0,
-        kernel: str = "torch",
+        kernel: str = "auto",
         device: torch.device | str | None = None,
         **options: "Unpack[BranchKeywords]",
     ):
@@ -155,5 +155,7 @@ class HyperConnection(StreamModule):
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.options["dynamic"] else "static"
+        device = torch.device("cpu") if self.bias is None else self.bias.device
+        kernel = described(self.kernel, device, self.num_streams)
         sizes = f"{self.hidden_size}, num_streams={self.num_streams}"
-        return f"{sizes}, variant={self.options['variant']!r}, {mode}, kernel={self.kernel!r}"
+        return f"{sizes}, variant={self.options['variant']!r}, {mode}, kernel={kernel}"

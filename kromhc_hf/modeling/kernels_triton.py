@@ -2,9 +2,8 @@
 """Reads and writes the streams in Triton, in custom operators that torch.compile sees whole.
 
 A warp works on one token and holds a tile of each stream, so that each pass moves every stream once: of memory the
-read moves `(n + 1) C` elements per token, the write `(2n + 1) C`, the backward passes of read and write `(2n + 1) C` and
-`(3n + 2) C`. All sums are fp32. Without a GPU the kernels run in Triton's interpreter, with `TRITON_INTERPRET=1` in the
-environment.
+read moves `(n + 1) C` elements per token, the write `(2n + 1) C`, their backward passes `(2n + 1) C` and `(3n + 2) C`.
+All sums are fp32. Without a GPU the kernels run in Triton's interpreter, with `TRITON_INTERPRET=1` in the environment.
 """
 
 # mypy: ignore-errors

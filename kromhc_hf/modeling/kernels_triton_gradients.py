@@ -29,7 +29,7 @@ from .kernels_triton_language import (
 
 
 # How many tokens one program sums the weight gradient over at least, and how many such sums there are at most.
-SHARE, SHARES = 512, 32
+SHARE, SHARES = 1024, 32
 
 
 @jit
@@ -70,8 +70,8 @@ def _gate_gradients(grad_input, streams, h_pre, h_post, grad_h_post, grad_logits
 
 @jit
 def _streams_gradient(known, grad_input, streams, h_pre, weight, grad_products, grad_squares, out, rows, width,
-                      KNOWN: tl.constexpr, READ: tl.constexpr, n: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr,
-                      TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                      KNOWN: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr, n: tl.constexpr,
+                      K: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     c, k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
     present = row < rows
@@ -171,7 +171,10 @@ def streams_gradient(
     out = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
     constants = {"KNOWN": known is not None, "READ": h_pre is not None, "n": n, "K": outputs}
     padded = max(16, 1 << (outputs - 1).bit_length())
-    constants |= {"PADDED": padded, "TOKENS": 32 if padded <= 64 else 16, "BLOCK": 128 if padded <= 32 else 64}
+    # Rounded to 16 bits in the end, the product needs no more than the 11 bits of TF32.
+    narrow = streams.dtype.itemsize == 2
+    constants |= {"PADDED": padded, "PRECISION": "tf32" if narrow else "tf32x3", "TOKENS": 32 if narrow else 16}
+    constants["BLOCK"] = min(256 if narrow else 128, 4096 // padded)
     grid = (-(-tokens // constants["TOKENS"]), -(-width // constants["BLOCK"]))
     given = (
         streams if t is None else t for t in (known, grad_input, streams, h_pre, weight, grad_products, grad_squares)
@@ -190,14 +193,14 @@ def _(known, grad_input, streams, *others):
 def weight_gradient(rows: Tensor, grad_products: Tensor) -> Tensor:
     """`sum_t grad_products[t] rows[t]`: `[T, F]` and `[T, k]` -> `[k, F]`."""
     (tokens, features), outputs = rows.shape, grad_products.shape[1]
-    padded, together = padded_outputs(outputs), 64
+    padded, together = padded_outputs(outputs), 32
     share = max(SHARE, together * -(-tokens // (together * SHARES)))
     shares = -(-tokens // share)
     out = rows.new_empty(shares, outputs, features, dtype=torch.float32)
-    constants = {"K": outputs, "PADDED": padded, "TOKENS": together, "BLOCK": 128 if padded <= 32 else 64}
+    constants = {"K": outputs, "PADDED": padded, "TOKENS": together, "BLOCK": 4096 // padded}
     grid = (-(-features // constants["BLOCK"]), shares, -(-outputs // padded))
     inputs = (rows.contiguous(), grad_products.contiguous())
-    run(_weight_gradient, grid, *inputs, out, tokens, features, share, **constants, num_warps=4, num_stages=3)
+    run(_weight_gradient, grid, *inputs, out, tokens, features, share, **constants, num_warps=4, num_stages=4)
     return out.sum(0)
 
 

@@ -112,7 +112,7 @@ def load_numbers(source, row, present, count: tl.constexpr):
 
 @jit
 def weighted(tiles, weights, total, n: tl.constexpr):
-    """The sum of tiles times weights, which sum to `total`: relative to the first, so that equal ones are not rounded."""
+    """The sum of tiles times weights, which sum to `total`; relative to the first, so equal ones are not rounded."""
     value = total[:, None] * tiles[0]
     for j in tl.static_range(1, n):
         value += weights[j][:, None] * (tiles[j] - tiles[0])

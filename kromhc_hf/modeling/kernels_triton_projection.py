@@ -52,8 +52,8 @@ def _project(streams, weight, products, squares, rows, features, K: tl.constexpr
 
 
 @jit
-def _gates(streams, weight, bias, alpha, h_pre, h_post, logits, products, squares, rows, features, eps,
-           n: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _gates(streams, weight, bias, alpha, h_pre, h_post, logits, products, squares, rows, features, eps, n: tl.constexpr,
+           K: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     k = tl.arange(0, PADDED)
     product, mean = thin_product(streams, weight, row, rows, k, features, K, PADDED, TOKENS, BLOCK)
@@ -86,12 +86,12 @@ def _split(weight, parts, count, BLOCK: tl.constexpr):
 def _thin(rows: int, outputs: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and constants of the thin product: few rows are shared out, many share the weight."""
     tokens, padded = 64 if rows >= 4096 else 16, padded_outputs(outputs)
-    constants = {"K": outputs, "PADDED": padded, "TOKENS": tokens, "BLOCK": 64 if tokens == 64 else 128}
+    constants = {"K": outputs, "PADDED": padded, "TOKENS": tokens, "BLOCK": 128 if padded <= 32 else 64}
     return (-(-rows // tokens), -(-outputs // padded)), constants | {"num_warps": 4, "num_stages": 3}
 
 
 def _factor(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as the thin product takes it: for streams in bf16 `[3, k, F]`, whose sum it is up to fp32's last bit."""
+    """The weight as the thin product takes it: for streams in bf16 three parts `[3, k, F]`, which sum to it."""
     weight = weight.contiguous()
     if dtype != torch.bfloat16:
         return weight

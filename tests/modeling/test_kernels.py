@@ -244,7 +244,8 @@ def test_updated_parameters_are_seen() -> None:
 
 
 def test_kernel_is_visible_and_never_silent() -> None:
-    assert "kernel='torch'" in repr(HyperConnection(8, 4))
+    assert "kernel='torch'" in repr(HyperConnection(8, 4, kernel="torch"))
+    assert "kernel='auto' (torch)" in repr(HyperConnection(8, 4))
     with pytest.raises(ValueError, match=r"kernel must be one of auto, torch, triton, reference; got 'cuda'"):
         HyperConnection(8, 4, kernel="cuda")
     module = HyperConnection(8, 4)
@@ -255,20 +256,6 @@ def test_kernel_is_visible_and_never_silent() -> None:
     message = "needs a CUDA device" if AVAILABLE else "needs the package triton"
     with pytest.raises(ValueError, match=rf"kernel 'triton' {message}.*Use kernel='auto' or kernel='torch'"):
         module(torch.randn(1, 2, 4, 8))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_triton_on_a_gpu_agrees_with_plain_pytorch(dtype: torch.dtype) -> None:
-    module = randomised("kromhc", 4, 2048).cuda()
-    streams, cotangent = (torch.randn(2, 64, 4, 2048, device="cuda").to(dtype) for _ in range(2))
-    found, plain = {}, {}
-    for kernel, result in (("triton", found), ("torch", plain)):
-        module.kernel = kernel
-        result |= step(module, streams, cotangent)
-    for name, value in found.items():
-        # Two ways to round the same sums.
-        assert error(value, plain[name]) <= max(1e-5, 2 * torch.finfo(dtype).eps), name
 
 
 def test_triton_in_the_interpreter() -> None:
@@ -283,4 +270,4 @@ def test_triton_in_the_interpreter() -> None:
 def test_models_choose_by_themselves() -> None:
     model = apply_hyper_connections(tiny_llama(), 2)
     kernels = {module.kernel for module in model.modules() if isinstance(module, HyperConnection)}
-    assert kernels == {"torch"}
+    assert kernels == {"auto"}
