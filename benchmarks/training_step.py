@@ -2,7 +2,7 @@
 
 python -m benchmarks.training_step                                                     # CPU, C = 512, 8 layers, S = 256
 python -m benchmarks.training_step --device cuda --dtype bfloat16 --hidden-size 2048 --layers 16 --vocabulary 128256 \\
-    --batch 8 --sequence 2048 --compile --variants kromhc --kernel triton              # 1B class
+    --batch 8 --sequence 2048 --compile --variants kromhc              # 1B class
 """
 
 from typing import Any

@@ -129,10 +129,11 @@ def eager_kromhc(
     n = streams.shape[-2]
     features = streams.flatten(-2)
     normed = features * torch.rsqrt(features.square().mean(-1, keepdim=True) + eps)
-    scale = parameters["alpha"].repeat_interleave(torch.tensor([n, n, len(prime_factors(n))]))
+    alpha, sizes = parameters["alpha"], (n, n, len(prime_factors(n)))
+    scale = torch.cat([a.expand(size) for a, size in zip(alpha.unbind(), sizes)])
     logits = parameters["bias"] + scale * (normed @ parameters["weight"].T)
     h_pre, h_post = torch.sigmoid(logits[..., :n]), 2 * torch.sigmoid(logits[..., n : 2 * n])
-    h_res = torch.ones(*logits.shape[:-1], 1, 1, dtype=logits.dtype)
+    h_res = torch.ones(*logits.shape[:-1], 1, 1, dtype=logits.dtype, device=logits.device)
     for swap in torch.sigmoid(logits[..., 2 * n :]).unbind(-1):
         factor = torch.stack([torch.stack([1 - swap, swap], -1), torch.stack([swap, 1 - swap], -1)], -2)
         h_res = torch.einsum("...ij,...kl->...ikjl", h_res, factor).flatten(-4, -3).flatten(-2, -1)

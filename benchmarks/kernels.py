@@ -1,0 +1,73 @@
+"""Every Triton kernel by itself on a GPU: its time, and what share of a copy's bandwidth it reaches.
+
+python -m benchmarks.kernels --hidden-size 2048 --tokens 16384 --streams 4
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.measuring import DTYPES, arguments, in_turn, ratio, report
+from kromhc_hf.modeling.kernels_triton import read, read_backward, write, write_backward
+from kromhc_hf.modeling.kernels_triton_gradients import gate_gradients, streams_gradient, weight_gradient
+from kromhc_hf.modeling.kernels_triton_projection import gates
+from kromhc_hf.modeling.variants import VARIANTS
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=25)
+    parser.set_defaults(device="cuda", dtype="bfloat16")
+    parser.add_argument("--hidden-size", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--streams", type=int, nargs="+", default=[4])
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    report([row for n in options.streams for row in measure(n, options)], options)
+
+
+def measure(n: int, options: Any) -> list[dict[str, Any]]:
+    tokens, width, device = options.tokens, options.hidden_size, options.device
+    outputs = sum(VARIANTS["kromhc"](n).sizes)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, device=device)
+
+    def wide(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=DTYPES[options.dtype])
+
+    streams, grad, known = (wide(tokens, n, width) for _ in range(3))
+    output, grad_input, target = wide(tokens, width), wide(tokens, width), torch.empty_like(streams)
+    h_pre, h_post, grad_h_post, h_res = random(tokens, n), random(tokens, n), random(tokens, n), random(tokens, n, n)
+    weight, bias, alpha = random(outputs, n * width) / 100, random(outputs), random(3)
+    products, squares, logits = random(tokens, outputs), random(tokens), random(tokens, outputs - 2 * n)
+    gate_inputs = (h_pre, h_post, grad_h_post, logits, products, squares, alpha, 1e-6)
+    # Each with the elements per token and C that it moves.
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {
+        "gates": (n, lambda: gates(streams, weight, bias, alpha, 1e-6)),
+        "read": (n + 1, lambda: read(streams, h_pre)),
+        "write": (2 * n + 1, lambda: write(streams, h_res, h_post, output, True)),
+        "write_backward": (3 * n + 2, lambda: write_backward(grad, streams, h_res, h_post, output)),
+        "gate_gradients": (n + 1, lambda: gate_gradients(grad_input, streams, *gate_inputs)),
+        "streams_gradient": (
+            3 * n + 1,
+            lambda: streams_gradient(known, grad_input, streams, h_pre, weight, products, squares),
+        ),
+        "weight_gradient": (n, lambda: weight_gradient(streams.flatten(1), products)),
+        "read_backward": (2 * n + 1, lambda: read_backward(grad_input, streams, h_pre)),
+    }
+    seconds = in_turn({"copy": lambda: target.copy_(streams)} | {name: run for name, (_, run) in calls.items()}, options)
+    return [
+        {
+            "n": n,
+            "kernel": name,
+            "elements per token / C": elements,
+            "ms": 1e3 * min(seconds[name]),
+            "share of copy bandwidth": ratio(seconds["copy"], seconds[name]) * elements / (2 * n),
+        }
+        for name, (elements, _) in calls.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()
