@@ -56,7 +56,9 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
         "weight_gradient": (n, lambda: weight_gradient(streams.flatten(1), products)),
         "read_backward": (2 * n + 1, lambda: read_backward(grad_input, streams, h_pre)),
     }
-    seconds = in_turn({"copy": lambda: target.copy_(streams)} | {name: run for name, (_, run) in calls.items()}, options)
+    seconds = in_turn(
+        {"copy": lambda: target.copy_(streams)} | {name: run for name, (_, run) in calls.items()}, options
+    )
     return [
         {
             "n": n,

@@ -66,7 +66,7 @@ def connect_triton(
     """The same in Triton, with the gates in the kernel of the projection where they are sigmoids of it."""
     if not fuses(weight, mixing):
         return connect_passes(streams, weight, bias, alpha, mixing, eps, TRITON)
-    tokens, branch_input, h_post, logits = Width.apply(streams.flatten(0, -3), weight, bias, alpha, eps)
+    tokens, branch_input, h_post, logits = Width.apply(streams.flatten(0, -3), weight, bias, alpha, mixing, eps)
     h_res = mixing.matrix(logits)
 
     def write_back(branch_output: Tensor) -> Tensor:

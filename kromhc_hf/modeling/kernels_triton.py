@@ -16,7 +16,6 @@ from torch import Tensor
 from .kernels_triton_language import (
     ROWS,
     block_size,
-    first_derivatives,
     jit,
     load_numbers,
     load_streams,
@@ -172,12 +171,24 @@ def _save(ctx, inputs, output):
 
 
 def _read_gradients(ctx, grad):
-    return read_backward(grad, *ctx.saved_tensors)
+    streams, h_pre = ctx.saved_tensors
+    if not torch.is_grad_enabled():
+        return read_backward(grad, streams, h_pre)
+    # Somebody differentiates again: the same in operations that autograd knows.
+    wide = grad.float().unsqueeze(1)
+    return (h_pre.unsqueeze(-1) * wide).to(streams.dtype), (streams * wide).sum(-1)
 
 
 def _write_gradients(ctx, grad):
-    return *write_backward(grad, *ctx.saved_tensors), None
+    streams, h_res, h_post, branch_output = ctx.saved_tensors
+    if not torch.is_grad_enabled():
+        return *write_backward(grad, streams, h_res, h_post, branch_output), None
+    wide = grad.float()
+    grad_streams = (h_res.unsqueeze(-1) * wide.unsqueeze(2)).sum(1).to(streams.dtype)
+    grad_h_res = (wide.unsqueeze(2) * streams.unsqueeze(1)).sum(-1)
+    grad_output = (h_post.unsqueeze(-1) * wide).sum(1).to(branch_output.dtype)
+    return grad_streams, grad_h_res, (wide * branch_output.unsqueeze(1)).sum(-1), grad_output, None
 
 
-read.register_autograd(first_derivatives(_read_gradients), setup_context=_save)
-write.register_autograd(first_derivatives(_write_gradients), setup_context=_save)
+read.register_autograd(_read_gradients, setup_context=_save)
+write.register_autograd(_write_gradients, setup_context=_save)

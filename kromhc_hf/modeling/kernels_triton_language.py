@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -58,21 +57,6 @@ def run(kernel, grid, *arguments, **constants):
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **constants)
-
-
-def first_derivatives(gradients):
-    """Refuses to be differentiated again: what the fused kernels save of the gates would count as a constant."""
-
-    @wraps(gradients)
-    def checked(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "kernel 'triton' has first derivatives only; got a backward pass with create_graph=True. Set "
-                "kernel='torch' or kernel='reference' on every HyperConnection of the model."
-            )
-        return gradients(ctx, *grads)
-
-    return checked
 
 
 @jit

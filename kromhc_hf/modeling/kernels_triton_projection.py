@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .kernels_triton_gradients import streams_gradient, weight_gradient
-from .kernels_triton_language import PRECISION, first_derivatives, jit, narrow_dot, padded_outputs, rounded, run, tl
+from .kernels_triton_language import PRECISION, jit, narrow_dot, padded_outputs, rounded, run, tl
 
 
 @jit
@@ -157,8 +157,13 @@ def _project_gradients(ctx, grad_products, grad_squares):
     streams, weight = ctx.saved_tensors
     rows = streams.reshape(-1, weight.shape[1])
     by_row = grad_products.flatten(0, 1)
+    if torch.is_grad_enabled():
+        # Somebody differentiates again: the same in operations that autograd knows.
+        by_square = grad_squares.reshape(-1, 1) * (2 / weight.shape[1])
+        grad = (by_row @ weight + by_square * rows).to(streams.dtype)
+        return grad.view(streams.shape), by_row.t() @ rows.float()
     grad = streams_gradient(None, None, rows.unsqueeze(1), None, weight, by_row, grad_squares.flatten())
     return grad.view(streams.shape), weight_gradient(rows, by_row)
 
 
-project.register_autograd(first_derivatives(_project_gradients), setup_context=_save)
+project.register_autograd(_project_gradients, setup_context=_save)

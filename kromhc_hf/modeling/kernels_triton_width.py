@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels_eager import chain, width_reference
 from .kernels_triton import read
 from .kernels_triton_gradients import gate_gradients, streams_gradient, weight_gradient
-from .kernels_triton_language import first_derivatives
 from .kernels_triton_projection import gates
+from .mixing import Mixing
 
 
 class Width(torch.autograd.Function):
@@ -24,20 +25,26 @@ class Width(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, streams: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, eps: float
+        ctx: Any, streams: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, mixing: Mixing, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h_pre, h_post, logits, products, squares = gates(streams, weight, bias, alpha, eps)
-        ctx.save_for_backward(streams, weight, alpha, h_pre, h_post, products, squares)
-        ctx.eps = eps
+        ctx.save_for_backward(streams, weight, bias, alpha, h_pre, h_post, products, squares)
+        ctx.mixing, ctx.eps = mixing, eps
         return streams.view_as(streams), read(streams, h_pre), h_post, logits
 
     @staticmethod
-    @first_derivatives
     def backward(
         ctx: Any, known: Tensor, grad_input: Tensor, grad_h_post: Tensor, grad_logits: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    ) -> tuple[Tensor | None, ...]:
         # Under checkpointing they can be asked for once only.
-        streams, weight, alpha, h_pre, h_post, products, squares = ctx.saved_tensors
+        streams, weight, bias, alpha, h_pre, h_post, products, squares = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Somebody differentiates again. Aliases: with the inputs, the way from one to another would count as well.
+            leaves = [tensor.view_as(tensor) for tensor in (streams, weight, bias, alpha)]
+            again = (*leaves, ctx.mixing, ctx.eps)
+            _, branch_input, *others = width_reference(*again)
+            outputs = (leaves[0], branch_input.squeeze(1).to(streams.dtype), *others)
+            return *chain(outputs, (known, grad_input, grad_h_post, grad_logits), leaves), None, None
         grad_products, grad_squares, grad_bias, by_output = gate_gradients(
             grad_input, streams, h_pre, h_post, grad_h_post, grad_logits, products, squares, alpha, ctx.eps
         )
@@ -46,4 +53,4 @@ class Width(torch.autograd.Function):
         grad_weight = weight_gradient(streams.flatten(1), grad_products)
         read_from = (streams, h_pre, weight)
         grad_streams = streams_gradient(known, grad_input, *read_from, grad_products, grad_squares)
-        return grad_streams, grad_weight, grad_bias, grad_alpha, None
+        return grad_streams, grad_weight, grad_bias, grad_alpha, None, None

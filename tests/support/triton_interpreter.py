@@ -218,19 +218,38 @@ def test_refuses_what_it_cannot_serve() -> None:
         module(torch.randn(1, 2, 16, 8))
 
 
-@pytest.mark.parametrize("dynamic", [True, False], ids=["fused", "passes"])
-def test_refuses_derivatives_that_it_does_not_have(dynamic: bool) -> None:
-    module, streams = HyperConnection(8, 4, kernel="triton", dynamic=dynamic), torch.randn(1, 3, 4, 8)
+CONNECTIONS = {
+    "fused": {"variant": "kromhc"},
+    "static": {"variant": "kromhc", "dynamic": False},
+    "passes": {"variant": "mhc_lite", "num_streams": 5},
+}
+
+
+@pytest.mark.parametrize("options", CONNECTIONS.values(), ids=CONNECTIONS)
+def test_second_derivatives(options: dict) -> None:
+    module = HyperConnection(6, **{"num_streams": 4} | options)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    streams = torch.randn(1, 3, module.num_streams, 6)
+    found = {}
+    for kernel in ("triton", "reference"):
+        module.kernel = kernel
+        leaves = [streams.clone().requires_grad_(), *module.parameters()]
+        branch_input, write = module(leaves[0])
+        first = torch.autograd.grad(write(torch.tanh(branch_input)).square().sum(), leaves, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        found[kernel] = [*first, *torch.autograd.grad(penalty, leaves)]
+    for value, expected in zip(found["triton"], found["reference"], strict=True):
+        assert error(value, expected) <= 1e-5
+
+
+def test_refuses_derivatives_that_it_does_not_have() -> None:
+    module, streams = HyperConnection(8, 4, kernel="triton"), torch.randn(1, 3, 4, 8)
 
     def squares(streams: torch.Tensor) -> torch.Tensor:
         branch_input, write = module(streams)
         return write(torch.tanh(branch_input)).square().sum()
 
-    leaf = streams.clone().requires_grad_()
-    with pytest.raises(
-        RuntimeError, match=r"kernel 'triton' has first derivatives only.*Set kernel='torch' or kernel="
-    ):
-        torch.autograd.grad(squares(leaf), leaf, create_graph=True)
     for transform in (torch.func.grad(squares), lambda x: torch.func.jvp(squares, (x,), (x,))):
         with pytest.raises(ValueError, match=r"kernel 'triton' has no forward-mode derivatives.*Use kernel='auto'"):
             transform(streams)
