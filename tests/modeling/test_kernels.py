@@ -258,9 +258,10 @@ def test_kernel_is_visible_and_never_silent() -> None:
         module(torch.randn(1, 2, 4, 8))
 
 
-def test_triton_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["triton_interpreter", "triton_check"])
+def test_triton_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
-    file = Path(__file__).parents[1] / "support" / "triton_interpreter.py"
+    file = Path(__file__).parents[1] / "support" / f"{name}.py"
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     result = subprocess.run(command, env=environment, cwd=file.parents[2], capture_output=True, text=True)

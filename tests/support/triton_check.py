@@ -1,0 +1,128 @@
+"""Run by test_kernels.py in a process of its own, like triton_interpreter.py: what "auto" finds out of Triton."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kromhc_hf import HyperConnection
+from kromhc_hf.modeling import kernels, kernels_check, kernels_connect, kernels_triton_width
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.fixture
+def checked(monkeypatch) -> dict:
+    """Lets "auto" look for Triton on a CPU, and forgets what was checked; returns what is found from now on."""
+    monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
+    monkeypatch.setattr(kernels_check, "TOKENS", (20,))
+    monkeypatch.setattr(kernels_check, "WIDTHS", {True: 32, False: 18})
+    monkeypatch.setattr(kernels_check, "_faults", {})
+    return kernels_check._faults
+
+
+def chosen(module: HyperConnection, streams: torch.Tensor) -> str:
+    return kernels.select_connect(module.kernel, streams, torch.float32).__name__
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_auto_takes_kernels_that_agree(dtype: torch.dtype, checked: dict, recwarn) -> None:
+    generator_state = torch.get_rng_state()
+    for num_streams, hidden_size in ((4, 64), (2, 17)):
+        module, streams = HyperConnection(hidden_size, num_streams), torch.randn(1, 3, num_streams, hidden_size)
+        torch.set_rng_state(generator_state)
+        assert chosen(module, streams.to(dtype)) == "connect_triton"
+        assert torch.equal(torch.get_rng_state(), generator_state)
+        assert "kernel='auto' (triton)" in repr(module)
+    assert list(checked.values()) == [None, None]
+    assert not recwarn.list
+
+
+def test_checks_once_for_each_kind_of_streams(checked: dict, monkeypatch) -> None:
+    kinds = []
+    monkeypatch.setattr(kernels_check, "_difference", lambda *kind: kinds.append(kind[1:]))
+    for dtype, num_streams, hidden_size in [
+        (torch.float32, 4, 64),
+        (torch.float32, 4, 128),
+        (torch.float32, 4, 17),
+        (torch.bfloat16, 4, 64),
+        (torch.float32, 2, 64),
+    ]:
+        for _ in range(2):
+            streams = torch.randn(1, 3, num_streams, hidden_size).to(dtype)
+            assert chosen(HyperConnection(hidden_size, num_streams), streams) == "connect_triton"
+    four = [(torch.float32, 4, True), (torch.float32, 4, False), (torch.bfloat16, 4, True), (torch.float32, 2, True)]
+    assert kinds == four
+
+
+def fails(*arguments: object) -> None:
+    raise RuntimeError("ptxas has failed\nand says why")
+
+
+def scaled(operator: Callable, place: int | None, factor: float) -> Callable:
+    """An operator with one result that is wrong."""
+
+    def wrong(*arguments: object):
+        results = operator(*arguments)
+        if place is None:
+            return results * factor
+        return tuple(result * factor if i == place else result for i, result in enumerate(results))
+
+    return wrong
+
+
+WRONG = {
+    "gates": lambda: (kernels_triton_width, "gates", scaled(kernels_triton_width.gates, 0, 1.2)),
+    "read": lambda: (kernels_triton_width, "read", scaled(kernels_triton_width.read, None, 1.2)),
+    "write": lambda: (kernels_connect, "write", scaled(kernels_connect.write, None, 1.2)),
+    "products": lambda: (
+        kernels_check,
+        "TRITON",
+        kernels_connect.TRITON._replace(project=scaled(kernels_connect.TRITON.project, 0, 1.2)),
+    ),
+    "gradient of the weight": lambda: (
+        kernels_triton_width,
+        "weight_gradient",
+        scaled(kernels_triton_width.weight_gradient, None, 1.2),
+    ),
+    "gradient of alpha": lambda: (
+        kernels_triton_width,
+        "gate_gradients",
+        scaled(kernels_triton_width.gate_gradients, 3, 1.2),
+    ),
+    "gradient of the streams": lambda: (
+        kernels_triton_width,
+        "streams_gradient",
+        scaled(kernels_triton_width.streams_gradient, None, float("nan")),
+    ),
+    "compiler": lambda: (kernels_triton_width, "gates", fails),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("fault", WRONG)
+def test_auto_leaves_kernels_that_are_wrong(fault: str, dtype: torch.dtype, checked: dict, monkeypatch) -> None:
+    monkeypatch.setattr(*WRONG[fault]())
+    module, streams = HyperConnection(64, 4), torch.randn(1, 3, 4, 64).to(dtype)
+    reason = "RuntimeError: ptxas has failed. Plain" if fault == "compiler" else "has a relative error of"
+    with pytest.warns(RuntimeWarning, match=rf"The Triton kernels for 4 streams in {dtype} on cpu.*{reason}") as caught:
+        found = [chosen(module, streams) for _ in range(2)]
+    assert found == ["connect", "connect"]
+    assert len(caught) == 1
+    assert "kernel='auto' (torch)" in repr(module)
+    expected = HyperConnection(64, 4, kernel="torch")
+    assert torch.equal(module(streams)[0], expected(streams)[0])
+
+
+def test_auto_is_checked_where_it_is_compiled(checked: dict) -> None:
+    module, streams = HyperConnection(32, 4), torch.randn(1, 3, 4, 32)
+
+    def connect(streams: torch.Tensor) -> torch.Tensor:
+        branch_input, write = module(streams)
+        return write(torch.tanh(branch_input))
+
+    torch.compiler.reset()
+    compiled = torch.compile(connect, fullgraph=True, backend="aot_eager")(streams)
+    assert list(checked.values()) == [None]
+    torch.testing.assert_close(compiled, connect(streams))
