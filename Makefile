@@ -63,7 +63,7 @@ floor: .venv-floor/.ready
 .venv-floor/.ready: pyproject.toml constraints.txt constraints-floor.txt
 	$(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/pip install --constraint constraints.txt --constraint constraints-floor.txt --editable ".[peft]" \
-		accelerate parameterized pytest setuptools
+		accelerate bitsandbytes parameterized pytest setuptools
 	@touch $@
 
 # The tests under DeepSpeed, which makes every import of accelerate slower and wants a compiler.
