@@ -57,8 +57,10 @@ resolve: $(READY)
 	$(BIN)/python scripts/resolve.py $(foreach python,$(RESOLVE_FOR),--python $(python)) --write docs/installs-beside.md
 
 # The tests that lean on other packages most, on the lowest version of each that pyproject.toml allows.
+# PEFT's own suite is run by `make test` alone, on the newest.
 floor: .venv-floor/.ready
-	.venv-floor/bin/python -m pytest tests/peft tests/conversion tests/test_applying.py tests/test_training.py
+	.venv-floor/bin/python -m pytest tests/peft tests/conversion tests/test_applying.py tests/test_training.py \
+		--ignore tests/peft/test_peft_suite.py
 
 .venv-floor/.ready: pyproject.toml constraints.txt constraints-floor.txt
 	$(PYTHON) -m venv .venv-floor
