@@ -1,4 +1,5 @@
 PYTHON ?= python3
+RESOLVE_FOR ?= $(BIN)/python
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -6,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser evidence conformance deepspeed clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance resolve floor deepspeed clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -51,6 +52,22 @@ evidence: $(READY)
 conformance: $(READY)
 	$(BIN)/python tests/conformance/run.py --write docs/conformance.md
 
+# Whether pip installs the package beside other tools, each for the first of the Pythons that it has versions for.
+resolve: $(READY)
+	$(BIN)/python scripts/resolve.py $(foreach python,$(RESOLVE_FOR),--python $(python)) --write docs/installs-beside.md
+
+# The tests that lean on other packages most, on the lowest version of each that pyproject.toml allows.
+# PEFT's own suite is run by `make test` alone, on the newest.
+floor: .venv-floor/.ready
+	.venv-floor/bin/python -m pytest tests/peft tests/conversion tests/test_applying.py tests/test_training.py \
+		--ignore tests/peft/test_peft_suite.py
+
+.venv-floor/.ready: pyproject.toml constraints.txt constraints-floor.txt
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/pip install --constraint constraints.txt --constraint constraints-floor.txt --editable ".[peft]" \
+		accelerate bitsandbytes parameterized pytest setuptools
+	@touch $@
+
 # The tests under DeepSpeed, which makes every import of accelerate slower and wants a compiler.
 deepspeed: .venv-deepspeed/.ready
 	.venv-deepspeed/bin/python -m pytest tests/test_deepspeed.py
@@ -61,4 +78,4 @@ deepspeed: .venv-deepspeed/.ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-deepspeed demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-deepspeed .venv-floor demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

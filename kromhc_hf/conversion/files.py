@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from ..modeling.model_card import MARK
@@ -80,7 +80,7 @@ def _download(repo_id: str, revision: str | None, subfolder: str) -> Path:
         if present & {".safetensors", ".bin"} or (folder / subfolder / ADAPTER_CONFIG).exists():
             return folder / subfolder
         names = HfApi().list_repo_files(repo_id, revision=folder.name)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
             f"source must be an existing folder or a Hub id that can be read; got {repo_id!r} ({reason}). "

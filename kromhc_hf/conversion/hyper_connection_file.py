@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
@@ -212,7 +212,7 @@ def _find(source: str | os.PathLike[str], revision: str | None, token: str | boo
     try:
         validate_repo_id(str(source))
         return Path(hf_hub_download(str(source), FILE, revision=revision, token=token))
-    except (HFValidationError, HfHubHTTPError, EntryNotFoundError, OSError) as error:
+    except (HFValidationError, HTTPError, EntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"source must be a folder or Hub id with {FILE}; got {str(source)!r} ({str(error).splitlines()[0]}). "
             "Check the path, or the id and your network and token."

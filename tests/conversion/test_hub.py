@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HTTPError
 from support.folders import to_earlier_layout
 from support.hub_client import push_base
 from support.hub_server import TOKEN
@@ -155,10 +157,21 @@ def test_an_interrupted_download_goes_on(hub, converted, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
     push_checkpoint(converted, "ada/model")
     hub.broken_downloads = 1
+    # Early clients of the Hub go on only when they are asked again.
+    with suppress(HTTPError):
+        AutoModelForCausalLM.from_pretrained("ada/model")
     model = AutoModelForCausalLM.from_pretrained("ada/model")
     assert [asked for asked in hub.ranges if asked is not None]
     tokens = token_ids(model.config)
     assert torch.equal(model(tokens).logits, AutoModelForCausalLM.from_pretrained(converted)(tokens).logits)
+
+
+def test_a_download_that_keeps_breaking_off(hub, base, tmp_path):
+    push_base(base)
+    hub.broken_downloads = 1000
+    with pytest.raises(FileNotFoundError, match=r"source must be .* a Hub id that can be read; got 'ada/base' \(.+\)"):
+        convert_checkpoint("ada/base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("token", ["hf_wrong", ""], ids=["wrong-token", "no-token"])
