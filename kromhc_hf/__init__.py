@@ -15,6 +15,7 @@ from .inspection.inspection import inspect_checkpoints, inspect_model
 from .inspection.recording import BranchRecord, record_mappings
 from .inspection.report import write_report
 from .modeling.configuration_kromhc import KromHCConfig
+from .modeling.host import warn_if_untested
 from .modeling.hyper_connection import HyperConnection, Mappings
 from .modeling.layer_fit import supported_model_types
 from .modeling.mixing import doubly_stochastic_error
@@ -93,6 +94,7 @@ __all__ = [
     "write_report",
 ]
 
+warn_if_untested()
 register()
 register_with_peft()
 

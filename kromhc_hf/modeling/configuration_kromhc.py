@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 
 from .foreign_code import check_own_config
-from .host import config_class_name, config_class_of
+from .host import config_class_name, config_class_of, why_absent
 from .layer_fit import check_model_type, supported_model_types
 from .options import OPTIONS, StreamOptions, documented
 from .remote_code import Shareable, take_code_along
@@ -266,5 +266,5 @@ def __getattr__(name: str) -> Any:
     # Pickle looks a generated class up by name.
     found = config_class_named(name)
     if found is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + why_absent(name))
     return found

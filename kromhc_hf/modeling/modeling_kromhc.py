@@ -29,9 +29,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .arrangement import check_complete
-from .configuration_kromhc import KromHCConfig, config_class, config_class_named
-from .connection_plan import check_layers, find_decoder
+# In front of the others, since it says which releases of transformers will do.
 from .host import (
     class_for_task,
     class_names_for_task,
@@ -40,7 +38,14 @@ from .host import (
     known_to,
     mirror_weight_conversion,
     record_outputs_of,
+    why_absent,
 )
+
+
+# isort: split
+from .arrangement import check_complete
+from .configuration_kromhc import KromHCConfig, config_class, config_class_named
+from .connection_plan import check_layers, find_decoder
 from .installation import install
 from .layer_fit import supported_model_types
 from .model_forward import with_readout
@@ -282,4 +287,4 @@ def __getattr__(name: str) -> Any:
                 backbone = face.backbone_for(config_type)
                 if backbone is not None and class_name(backbone, config_type.backbone_config_class) == name:
                     return model_class(backbone, config_type)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + why_absent(name))
