@@ -247,7 +247,9 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
             vars(self).update(vars(_recast(backbone_config, cls)))
             for key, value in kwargs.items():
                 setattr(self, key, value)
-            self.validate()
+            # Not where nothing of the family's is new: some releases rewrite values here that their models go by.
+            if not kwargs.keys() <= FIELDS.keys():
+                self.validate()
         self.validate_hyper_connections()
 
     cls.__init__ = __init__
