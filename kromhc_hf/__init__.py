@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .applying import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
+from .conversion.code_update import update_code
 from .conversion.convert import convert_checkpoint
 from .conversion.hub import push_checkpoint, push_folder
 from .conversion.hyper_connection_file import load_hyper_connections, push_hyper_connections, save_hyper_connections
@@ -90,6 +91,7 @@ __all__ = [
     "save_hyper_connections",
     "shard_hyper_connections",
     "supported_model_types",
+    "update_code",
     "verify_conversion",
     "write_report",
 ]
