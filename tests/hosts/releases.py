@@ -26,7 +26,7 @@ def number(release: str) -> tuple[int, ...]:
 
 
 def _pip(*arguments: str) -> str:
-    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -63,10 +63,10 @@ def install(release: str) -> Path:
         FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=FOLDER) as made:
             target = Path(made) / release
-            _pip("install", "--target", str(target), "--no-deps", f"transformers=={release}")
+            _pip("install", "--quiet", "--target", str(target), "--no-deps", f"transformers=={release}")
             others = _other_requirements(target)
             if others:
-                _pip("install", "--target", str(target), "--no-deps", *others)
+                _pip("install", "--quiet", "--target", str(target), "--no-deps", *others)
             # Another process may have been faster.
             if not folder.is_dir():
                 shutil.move(target, folder)
