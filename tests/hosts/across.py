@@ -28,10 +28,16 @@ def token_ids(vocabulary: int) -> torch.Tensor:
 
 
 def visit(folder: Path) -> Outcome:
-    """Whether a model computes and generates here what it did where it was saved; the family's own is the control."""
+    """Whether a model computes and generates here what it did where it was saved; the family's own is the control.
+
+    Bitwise, but where a release sums in another order, which the family's own model shows, and which mixing passes on
+    with a gain of a few.
+    """
     facts = load_file(folder / "facts.safetensors")
     if "connected.logits" not in facts:
         return Outcome("could not be saved there", native=True)  # or else is among the failures of saving
+
+    epsilon, limit = torch.finfo(torch.float32).eps, {"native": 1e-5}
 
     @torch.no_grad()
     def check(kind: str) -> str:
@@ -39,8 +45,10 @@ def visit(folder: Path) -> Outcome:
         model: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=kind == "connected").eval()
         ids = token_ids(model.config.vocab_size)
         found, expected = model(input_ids=ids, use_cache=False).logits, facts[f"{kind}.logits"]
-        if not torch.equal(found, expected):
-            return f"logits differ by up to {(found - expected).abs().max():.1e} from those of the other release"
+        gap = ((found - expected).abs().max() / expected.abs().max()).item()
+        if not gap <= limit[kind]:
+            return f"logits differ from those of the other release by {gap:.1e} of the largest"
+        limit["connected"] = 8 * gap + 32 * epsilon if gap else 0.0
         tokens = facts.get(f"{kind}.tokens")
         if tokens is None:
             return "could not generate there"

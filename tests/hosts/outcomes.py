@@ -94,7 +94,7 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _cell(release: str, check: str, summary: Mapping[str, Any] | None, notes: list[str]) -> str:
     if summary is None:
-        return "is the newest"
+        return ""
     if not summary["reasons"]:
         return "yes"
     for reason, names in summary["reasons"].items():

@@ -89,17 +89,17 @@ def _other_requirements(target: Path) -> list[str]:
     return needed
 
 
-def environment(release: str, *paths: Path, home: Path) -> dict[str, str]:
+def environment(release: str, path: Path, home: Path) -> dict[str, str]:
     """The variables of a process that runs with a release: nothing of the Hub, and a cache of its own.
 
     Args:
         release: of transformers.
-        *paths: what may be imported beside it and what is installed.
+        path: what else is imported before what is installed.
         home: folder of the cache.
     """
     return {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": os.pathsep.join(map(str, (install(release), *paths))),
+        "PYTHONPATH": os.pathsep.join(map(str, (install(release), path))),
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

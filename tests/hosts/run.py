@@ -27,11 +27,21 @@ HERE = Path(__file__).resolve().parent
 Found = dict[str, dict[str, Outcome]]
 
 
-def _process(script: str, release: str, arguments: Sequence[str], work: Path, *paths: Path, options: str = "") -> Found:
-    """What a script of this folder finds on a release."""
+def process(script: str, release: str, arguments: Sequence[str], work: Path, bare: bool = False) -> Found:
+    """What a script of this folder finds on a release.
+
+    Args:
+        script: its name; its first argument is the file for what it finds.
+        release: of transformers.
+        arguments: the others.
+        work: where it leaves files.
+        bare: whether it runs where the package is not installed.
+    """
     output = work / f"{script}-{release}.json"
-    variables = environment(release, *paths, home=work / f"home-{release}")
-    command = [sys.executable, *options.split(), str(HERE / script), str(output), *arguments]
+    # Without `site` an editable install of the package is not seen; everything else is where torch is.
+    path, options = (Path(torch.__file__).parents[1], ["-S"]) if bare else (ROOT, [])
+    variables = environment(release, path, home=work / f"home-{release}")
+    command = [sys.executable, *options, str(HERE / script), str(output), *arguments]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         raise RuntimeError(f"{script} failed on transformers {release}:\n{done.stderr[-3000:]}")
@@ -52,14 +62,12 @@ def sweep(release: str, work: Path, variants: Sequence[str] = ()) -> Found:
         work: an empty folder, or that of other releases.
         variants: all if none are given.
     """
-    return _process("sweep.py", release, [str(work / release), *variants], work, ROOT)
+    return process("sweep.py", release, [str(work / release), *variants], work)
 
 
 def across(saved: str, loaded: str, check: str, work: Path) -> Found:
     """The check of `across.py`: what `sweep` saved on one release is loaded on another without the package."""
-    # Without `site` an editable install of the package is not seen; everything else is where torch is.
-    site_packages = Path(torch.__file__).parents[1]
-    return _process("across.py", loaded, [str(work / saved), check], work, site_packages, options="-S")
+    return process("across.py", loaded, [str(work / saved), check], work, bare=True)
 
 
 def run(releases: Sequence[str], variants: Sequence[str], work: Path) -> dict[str, dict[str, Any]]:
