@@ -75,11 +75,11 @@ def fit_layer(layer: nn.Module, specs: tuple[LayerSpec, ...], position: int) -> 
         )
     check_own_forward(layer, position)
     layer_class: Any = type(layer)
-    returned_beside(layer_class)
     problems = []
     for spec in specs:
         problem = _misfit(layer, spec)
         if problem is None:
+            returned_beside(layer_class)
             return spec
         problems.append(problem)
     raise ValueError(f"{label} {'; or else it '.join(problems)}.")

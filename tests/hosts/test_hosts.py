@@ -9,18 +9,7 @@ from hosts.run import BEGIN, END, across, process, run, shown
 
 
 # Plain and parallel layers, positional arguments, tuples, experts, recurrent and mixed kinds of layers.
-SAMPLE = (
-    "llama",
-    "gpt2",
-    "gptj",
-    "falcon-0",
-    "cohere",
-    "mixtral",
-    "glm_moe_dsa",
-    "mamba",
-    "lfm2",
-    "granitemoehybrid-0",
-)
+SAMPLE = ("llama", "gpt2", "gptj", "falcon-0", "cohere", "mixtral", "moshi", "mamba", "lfm2")
 # The pins of trainers and servers.
 SERVED = (FLOOR, "5.16.1", "5.19.0")
 
