@@ -27,15 +27,16 @@ def release() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _numbered(number: tuple[int, int]) -> str:
+def numbered(number: tuple[int, int]) -> str:
+    """(5, 6) -> "5.6"."""
     return ".".join(map(str, number))
 
 
 if release() < OLDEST:
     # Said here, in front of what older releases lack.
     raise ImportError(
-        f"hyper-connections need transformers {_numbered(OLDEST)} or newer; got {transformers.__version__}. "
-        f'Install it: pip install "transformers>={_numbered(OLDEST)}".'
+        f"hyper-connections need transformers {numbered(OLDEST)} or newer; got {transformers.__version__}. "
+        f'Install it: pip install "transformers>={numbered(OLDEST)}".'
     )
 
 from transformers.conversion_mapping import (  # noqa: E402
@@ -71,7 +72,7 @@ def warn_if_untested() -> None:
     """Says once that the installed release is newer than the tests have seen; what it does otherwise is refused."""
     if release() > NEWEST:
         warnings.warn(
-            f"kromhc-hf is tested with transformers {_numbered(OLDEST)} to {_numbered(NEWEST)}; got "
+            f"kromhc-hf is tested with transformers {numbered(OLDEST)} to {numbered(NEWEST)}; got "
             f"{transformers.__version__}. Every layer is checked before it is changed, and what is not understood is "
             "refused.",
             stacklevel=3,
@@ -172,7 +173,7 @@ def returned_beside(layer_class: Any) -> tuple[int, ...] | None:
         raise ValueError(
             f"{layer_class.__name__}.forward must return its hidden states, alone or in front of what its attention "
             f"returned; got {'; '.join(found.values()) or 'no return'!r}. Use a release of transformers between "
-            f"{_numbered(OLDEST)} and {_numbered(NEWEST)}."
+            f"{numbered(OLDEST)} and {numbered(NEWEST)}."
         )
     return next(iter(found))
 
