@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser evidence conformance resolve floor deepspeed clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor deepspeed clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -68,6 +68,10 @@ floor: .venv-floor/.ready
 		accelerate bitsandbytes parameterized pytest setuptools
 	@touch $@
 
+# Every family on every release of transformers that is tested, each installed into a folder of its own.
+hosts: $(READY)
+	$(BIN)/python tests/hosts/run.py --write docs/hosts.md
+
 # The tests under DeepSpeed, which makes every import of accelerate slower and wants a compiler.
 deepspeed: .venv-deepspeed/.ready
 	.venv-deepspeed/bin/python -m pytest tests/test_deepspeed.py
@@ -78,4 +82,4 @@ deepspeed: .venv-deepspeed/.ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-deepspeed .venv-floor demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-deepspeed .venv-floor .hosts demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

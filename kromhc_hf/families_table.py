@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .modeling.families import REFUSED, SUPPORTED
+from .modeling.host import NEWEST, has_family, numbered
 from .modeling.layer_spec import Row, Step, Sublayer, layer_kinds
 
 
@@ -26,7 +27,11 @@ class FamilyRow(NamedTuple):
 
 
 def families_table() -> list[FamilyRow]:
-    """One row per model type of `AutoModelForCausalLM`, supported ones first, each part in alphabetical order."""
+    """One row per model type of the installed transformers, supported ones first, each part in alphabetical order."""
+    return [row for row in _all_families() if has_family(row.model_type)]
+
+
+def _all_families() -> list[FamilyRow]:
     supported = [
         FamilyRow(name, True, describe(row), EXACT if all(spec.exact for spec in layer_kinds(row)) else REORDERED)
         for name, row in sorted(SUPPORTED.items())
@@ -36,7 +41,10 @@ def families_table() -> list[FamilyRow]:
 
 def families_markdown() -> str:
     """The table in Markdown: supported model types by exactness, refused ones by reason."""
-    lines = [f"{len(SUPPORTED)} model types of `AutoModelForCausalLM` are supported:", ""]
+    lines = [
+        f"{len(SUPPORTED)} model types of `AutoModelForCausalLM` in transformers {numbered(NEWEST)} are supported:",
+        "",
+    ]
     lines += ["| logits after conversion | model types |", "|---|---|", *_grouped(supported=True)]
     lines += ["", f"{len(REFUSED)} are refused:", ""]
     lines += ["| reason | model types |", "|---|---|", *_grouped(supported=False)]
@@ -88,7 +96,7 @@ def _describe_sublayer(sublayer: Sublayer) -> str:
 def _grouped(supported: bool) -> list[str]:
     """One Markdown row per exactness or reason, the most frequent first."""
     groups: dict[str, list[str]] = {}
-    for row in families_table():
+    for row in _all_families():
         if row.supported == supported:
             groups.setdefault(row.exactness or row.description, []).append(row.model_type)
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
