@@ -30,6 +30,7 @@ from .modeling.modeling_kromhc import (
 from .modeling.options import StreamOptions
 from .official.checkpoints import import_reference_checkpoint
 from .official.modules import import_reference_state_dict
+from .own_families import register_family, unregister_family
 from .parameter_counts import count_parameters
 from .peft.registration import register_with_peft
 from .registration import register
@@ -87,10 +88,12 @@ __all__ = [
     "push_folder",
     "push_hyper_connections",
     "record_mappings",
+    "register_family",
     "remove_hyper_connections",
     "save_hyper_connections",
     "shard_hyper_connections",
     "supported_model_types",
+    "unregister_family",
     "update_code",
     "verify_conversion",
     "write_report",

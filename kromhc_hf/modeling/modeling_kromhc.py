@@ -46,11 +46,12 @@ from .host import (
 
 # isort: split
 from .arrangement import check_complete
-from .configuration_kromhc import KromHCConfig, config_class, config_class_named
+from .configuration_kromhc import KromHCConfig, config_class, config_class_named, outside_config_class
 from .connection_plan import check_layers, find_decoder
 from .installation import install
 from .layer_fit import supported_model_types
 from .model_forward import with_readout
+from .outside_families import BOUND, OutsideFamily, bind
 from .remote_code import Shareable, class_name
 from .stream_module import StreamModule
 
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401
     from .options import INITS  # noqa: F401
+    from .outside_code import FAMILY_MODULE  # noqa: F401
     from .stream_ends import expand  # noqa: F401
     from .variants import LARGEST_FACTOR  # noqa: F401
 
@@ -280,12 +282,26 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
         "__doc__": f"{name} with hyper-connections.",
         "config_class": config_type,
         "backbone_class": backbone_class,
+        "_auto_class": None,
         "forward": with_readout(backbone_class.forward),
     }
     # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
     mirror_weight_conversion(name, new_name)
     mirror_weight_conversion(model_type, config_type.model_type)
     return type(new_name, (next(faces, HyperConnectedModel), backbone_class), namespace)
+
+
+def family_in_folder(family: OutsideFamily, config_type: Any, models: dict[str, Any]) -> dict[str, Any]:
+    """The classes with hyper-connections of a family whose code lies beside a saved model, by Auto class.
+
+    Args:
+        family: its row, as it was when the model was saved.
+        config_type: its configuration class.
+        models: its model classes, by Auto class.
+    """
+    bind(family, config_type, models)
+    made = outside_config_class(family, config_type)
+    return {"AutoConfig": made, **{name: model_class(backbone, made) for name, backbone in models.items()}}
 
 
 def _restored(backbone_class: Any, config_type: Any) -> Any:
@@ -311,4 +327,8 @@ def __getattr__(name: str) -> Any:
                 backbone = face.backbone_for(config_type)
                 if backbone is not None and class_name(backbone, config_type.backbone_config_class) == name:
                     return model_class(backbone, config_type)
+    for bound in BOUND.values():
+        for backbone in bound.models.values():
+            if class_name(backbone, bound.config_class) == name:
+                return model_class(backbone, outside_config_class(bound.family, bound.config_class))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + why_absent(name))
