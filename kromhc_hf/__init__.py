@@ -16,10 +16,12 @@ from .inspection.recording import BranchRecord, record_mappings
 from .inspection.report import write_report
 from .modeling.configuration_kromhc import KromHCConfig
 from .modeling.hyper_connection import HyperConnection, Mappings
-from .modeling.layer_fit import supported_model_types
+from .modeling.layer_fit import composite_model_types, supported_model_types
 from .modeling.mixing import doubly_stochastic_error
 from .modeling.modeling_kromhc import (
     KromHCForCausalLM,
+    KromHCForImageTextToText,
+    KromHCForMultimodalLM,
     KromHCForQuestionAnswering,
     KromHCForSequenceClassification,
     KromHCForTokenClassification,
@@ -56,6 +58,8 @@ __all__ = [
     "HyperConnectionTrainerMixin",
     "KromHCConfig",
     "KromHCForCausalLM",
+    "KromHCForImageTextToText",
+    "KromHCForMultimodalLM",
     "KromHCForQuestionAnswering",
     "KromHCForSequenceClassification",
     "KromHCForTokenClassification",
@@ -66,6 +70,7 @@ __all__ = [
     "StreamOptions",
     "adapter_to_model",
     "apply_hyper_connections",
+    "composite_model_types",
     "convert_checkpoint",
     "count_parameters",
     "doubly_stochastic_error",

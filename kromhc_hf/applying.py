@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.modeling_utils import PreTrainedModel
 
+from .modeling.composite import replace_config
 from .modeling.configuration_kromhc import KromHCConfig
 from .modeling.connection_plan import find_decoder, plan_connections
 from .modeling.decoder_layer import HyperConnectedLayer
@@ -50,7 +51,7 @@ def apply_hyper_connections(model: Any, *positional: Any, **options: "Unpack[Str
     plan = plan_connections(model)
     config = KromHCConfig(backbone_config=model.config, **stream_options.as_fields())
     replace_config(model, config)
-    install(plan, config, model_class)
+    install(plan, model_class)
     return model
 
 
@@ -83,12 +84,3 @@ def remove_hyper_connections(model: Any) -> Any:
     replace_config(model, model.config.to_backbone_config())
     uninstall(decoder)
     return model
-
-
-def replace_config(model: Any, config: Any) -> None:
-    """Puts `config` wherever the model and its modules hold their present one, so that they go on sharing it."""
-    present = model.config
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if value is present:
-                setattr(module, name, config)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .applying import has_hyper_connections, replace_config
+from .applying import has_hyper_connections
+from .modeling.composite import replace_config
 from .modeling.connection_plan import find_decoder
 from .modeling.decoder_layer import make_expansion, make_readout
 from .modeling.hyper_connection import HyperConnection
