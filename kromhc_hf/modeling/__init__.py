@@ -6,7 +6,7 @@ from . import modeling_kromhc
 from .modeling_kromhc import FACES
 
 
-__all__ = [face.__name__ for face in FACES]  # noqa: PLE0605
+__all__ = [face.__name__ for face in FACES]
 
 
 def __getattr__(name: str) -> Any:
