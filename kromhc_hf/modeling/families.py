@@ -353,7 +353,7 @@ COMPOSITE: dict[str, str] = {
     **around("glm4v_text", "glm46v glm4v glmga"),
     **around("opt", "blip-2 instructblip instructblipvideo"),
     **around("cohere2", "aya_vision cohere2_vision"),
-    **around("gemma3_text", "gemma3 shieldgemma2"),
+    **around("gemma3_text", "gemma3"),
     **around("granite", "granite_speech granite_speech_plus"),
     **around("mistral", "idefics2 mistral3"),
     **around("nemotron_h", "nemo_speechlm nemotron_h_omni"),
@@ -416,6 +416,7 @@ REFUSED: dict[str, str] = {
     "musicgen_melody": "it predicts several audio codebooks at a time, conditioned on an encoder",
     "reformer": "its layers are reversible, on two residual streams that are not kept for the backward pass",
     "rwkv": "attention and feed-forward hand one recurrent state to each other, and the first layer norms the residual",
+    "shieldgemma2": "as a generative model, transformers saves it under names by which it is not loaded again",
     "voxtral_realtime": "the layer itself scales what its feed-forward reads, by the delay of the speech",
     **reasons("zamba zamba2", "its attention blocks are shared between layers and added in front of the norm"),
 }

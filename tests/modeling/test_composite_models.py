@@ -112,7 +112,11 @@ def test_saved_and_loaded_with_streams_apart(model_type, tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
-    assert torch.equal(run(loaded.eval(), inputs).logits, expected)
+    tensors = loaded.state_dict()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+    # The same weights at another place in memory: a product of few rows may be summed in another order.
+    limit = 8 * torch.finfo(expected.dtype).eps * expected.abs().max()
+    assert (run(loaded.eval(), inputs).logits - expected).abs().max() <= limit
     assert KromHCConfig.from_pretrained(tmp_path / "streams").stream_options() == model.config.stream_options()
     assert AutoConfig.from_pretrained(tmp_path / "streams").hc_num_streams == 4
 

@@ -342,7 +342,6 @@ CASES = {
     ),
     "qwen3_vl": (4, {"vision_config": {"deepstack_visual_indexes": [0, 1]}}, PATCHES_OVER_TIME),
     "qwen3_vl_moe": (4, {"vision_config": {"deepstack_visual_indexes": [0, 1]}}, PATCHES_OVER_TIME),
-    "shieldgemma2": (4, {"mm_tokens_per_image": 4}, PIXELS),
     "smolvlm": (4, {}, TILES),
     "step3p7": (1, {}, PIXELS),
     "unlimited_ocr": (3, {"vision_config": {"sam_config": {"downsample_channels": [32, 32]}}}, PIXELS),
