@@ -246,11 +246,10 @@ class KromHCForMultimodalLM(HyperConnectedModel):
     auto_class = AutoModelForMultimodalLM
 
 
-# Some models of several modalities are causal language models to transformers as well.
-FACES = (
-    KromHCForImageTextToText,
-    KromHCForMultimodalLM,
-    KromHCForCausalLM,
+# Those that continue a text. Some models of several modalities are causal language models to transformers as well.
+GENERATIVE_FACES = (KromHCForImageTextToText, KromHCForMultimodalLM, KromHCForCausalLM)
+FACES: tuple[type[HyperConnectedModel], ...] = (
+    *GENERATIVE_FACES,
     KromHCForSequenceClassification,
     KromHCForTokenClassification,
     KromHCForQuestionAnswering,

@@ -1,4 +1,7 @@
-"""Tiny models of several modalities, randomly initialised, and inputs with an image or sound that they look at."""
+"""Tiny models of several modalities, randomly initialised, and inputs with an image or sound that they look at.
+
+The file is longer than others because it is one table.
+"""
 
 import inspect
 
