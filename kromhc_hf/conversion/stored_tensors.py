@@ -10,7 +10,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
@@ -123,6 +128,15 @@ def check_tensors(
             "Fetch its files again, or correct the class that config.json names in architectures"
             f"{drop * (len(found) == 1 and bool(unexpected))}."
         )
+
+
+def names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """For the names of stored tensors, those under which a model has them, or what they go into."""
+    conversions: Any = get_model_conversion_mapping(model)
+    renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
+    converters = [step for step in conversions if isinstance(step, WeightConverter)]
+    prefix, known = model.base_model_prefix, model.state_dict()
+    return {name: rename_source_key(name, renamings, converters, prefix, known)[0] for name in names}
 
 
 def _has_tensor(names: Iterable[str], module: str) -> bool:
