@@ -21,7 +21,7 @@ class ConversionReport:
         dtype: in which both models ran.
         tokens: number of tokens compared.
         text: whether they were real text (a tokenizer was there) or random.
-        image: what models of several modalities were given beside it; None for text alone.
+        image: what a model of several modalities was given beside them; None for a model that takes text alone.
         output: what was compared: "logits", "start and end logits" or "last hidden state", as the head of the base is.
         bitwise_equal: whether all of that are the same bits.
         max_logit_difference: largest |difference|.

@@ -12,6 +12,7 @@ from transformers import AutoProcessor
 
 # How a report calls what was looked at.
 PROCESSED, RANDOM = "an image through the processor", "a random image or sound"
+TEXT_ALONE = "no image or sound"
 # Names in a configuration of the token that stands for a piece of it.
 PLACE_NAMES = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index", "video_token_index")
 SIZE = 96
@@ -22,7 +23,7 @@ class Example(NamedTuple):
 
     Args:
         inputs: of the model: `input_ids` `[1, S]` and the others.
-        kind: PROCESSED or RANDOM; None where there is text alone.
+        kind: PROCESSED, RANDOM, or TEXT_ALONE where neither could be made; None for a model that takes text alone.
     """
 
     inputs: dict[str, Tensor]
@@ -32,19 +33,29 @@ class Example(NamedTuple):
 def image_example(
     model: Any, folder: Path, tokens: Tensor, text: str, run: Callable[..., Any] | None = None
 ) -> Example | None:
-    """An image, or sound, and text for a model of several modalities; None for others, and where none can be made.
+    """An image, or sound, and text for a model of several modalities; None for others.
 
     Args:
         model: the base, which is run to see what it takes.
         run: how to run it, by default by calling it.
+
+    Raises:
+        ValueError: if the model takes no text alone and nothing else that can be made.
         folder: of its checkpoint; its processor makes the inputs, if it has one.
         tokens: `[1, S]`, of the text.
         text: to go with the image.
     """
     if model.config.get_text_config() is model.config:
         return None
-    examples = (*_processed(folder, text, tokens.shape[1]), *_random(model, tokens))
-    return next((example for example in examples if _runs(run or model, example.inputs)), None)
+    alone = Example({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, TEXT_ALONE)
+    examples = (*_processed(folder, text, tokens.shape[1]), *_random(model, tokens), alone)
+    found = next((example for example in examples if _runs(run or model, example.inputs)), None)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} must be run on an image or sound, and none could be made: {folder} has no "
+            "processor that makes what it takes. Put the files of its processor there."
+        )
+    return found
 
 
 def draw_image(size: int = SIZE) -> Any:
@@ -101,10 +112,10 @@ def _random(model: Any, tokens: Tensor) -> Iterator[Example]:
         for form in forms:
             taken = form if "args" in known or "kwargs" in known else {n: v for n, v in form.items() if n in known}
             try:
-                found = features(**taken)
+                count = getattr(model.config, "num_query_tokens", None) or _count(features(**taken), model)
             except Exception:  # not in this form
                 continue
-            yield Example(_around(model, tokens, place, _count(found, model)) | form, RANDOM)
+            yield Example(_around(model, tokens, place, count) | form, RANDOM)
 
 
 def _around(model: Any, tokens: Tensor, place: int, count: int) -> dict[str, Tensor]:
@@ -112,8 +123,11 @@ def _around(model: Any, tokens: Tensor, place: int, count: int) -> dict[str, Ten
     tokens = torch.where(tokens == place, 0, tokens)
     ids = torch.cat([tokens[:, :1], torch.full((1, count), place), tokens[:, 1:]], 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
+    known = inspect.signature(type(model).forward).parameters
+    if "mm_token_type_ids" in known:
         inputs["mm_token_type_ids"] = (ids == place).int()
+    if "qformer_input_ids" in known:
+        inputs["qformer_input_ids"] = tokens
     return inputs
 
 

@@ -35,6 +35,13 @@ def models_to_text_model(model: Any, path: str) -> list[Any]:
     return [part for place, part in models.items() if not place or f"{name}.".startswith(f"{place}.")]
 
 
+def text_model_of(model: Any) -> Any:
+    """What turns token ids alone into hidden states or logits: the outermost text model inside, or the model itself."""
+    text = model.config.get_text_config()
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return model if text is model.config else next(part for part in parts if part.config is text)
+
+
 def replace_config(model: Any, config: Any) -> None:
     """Puts `config` and its parts wherever a model and its modules hold those of the present one, which they share."""
     new = {id(old): replacement for old, replacement in _paired(model.config, config)}
