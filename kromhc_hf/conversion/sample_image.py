@@ -108,9 +108,11 @@ def _random(model: Any, tokens: Tensor) -> Iterator[Example]:
         features = getattr(model, name, None)
         if features is None:
             continue
-        known = inspect.signature(features).parameters
-        for form in forms:
-            taken = form if "args" in known or "kwargs" in known else {n: v for n, v in form.items() if n in known}
+        known, taking = (inspect.signature(f).parameters for f in (features, type(model).forward))
+        for whole in forms:
+            form = {name: value for name, value in whole.items() if name in taking}
+            passed_on = "args" in known or "kwargs" in known
+            taken = form if passed_on else {name: value for name, value in form.items() if name in known}
             try:
                 count = getattr(model.config, "num_query_tokens", None) or _count(features(**taken), model)
             except Exception:  # not in this form

@@ -70,7 +70,9 @@ def verify_conversion(
     wanted = None if layers is None else _positions(layers, text_config.num_hidden_layers)
     _check_pair(first, second)
     context = getattr(text_config, "max_position_embeddings", None) or max_tokens
-    tokens, tokenizer = sample_tokens(first.folder, text, min(max_tokens, context), text_config.vocab_size)
+    # Images and the continuation need room too.
+    length = min(max_tokens, context if text_config is first.config else context // 2)
+    tokens, tokenizer = sample_tokens(first.folder, text, length, text_config.vocab_size)
 
     def example_for(model: Any, run: Callable[..., Any] | None = None) -> Example:
         found = image_example(model, first.folder, tokens, text or SAMPLE_TEXT, run)
