@@ -12,7 +12,7 @@ from .modeling.installation import install, uninstall
 from .modeling.layer_fit import check_own_forward
 from .modeling.modeling_kromhc import HyperConnectedModel, model_class
 from .modeling.options import StreamKeywords, StreamOptions, given_options, show_options
-from .whole_models import check_whole
+from .whole_models import check_removable, check_whole
 
 
 if TYPE_CHECKING:
@@ -69,10 +69,11 @@ def remove_hyper_connections(model: Any) -> Any:
         The same model object, now of the family's own class.
 
     Raises:
-        ValueError: if the model has no hyper-connections.
+        ValueError: if the model has no hyper-connections, or is a part of another one that has them.
     """
     if not has_hyper_connections(model):
         raise ValueError(f"model must have hyper-connections to remove; got {type(model).__name__} without them.")
+    check_removable(model)
     decoder = find_decoder(model)
     for position, layer in enumerate(decoder.layers):
         check_own_forward(layer, position)

@@ -19,7 +19,7 @@ from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.decoder_layer import HyperConnectedLayer
 from ..modeling.stream_ends import expand, mean_of_streams
 from .stored_model import StoredModel, head_output
-from .stored_tensors import check_tensors, names_in_model, quantization_of
+from .stored_tensors import check_tensors, places_in_model, quantization_of
 
 
 class LayerwiseModel:
@@ -54,7 +54,7 @@ class LayerwiseModel:
         if self.model.config.get_text_config() is not self.model.config:
             # Layers of other parts have such names as well.
             path = next(path for path, module in self.model.named_modules() if module is decoder.layers)
-            names = names_in_model(self.model, self.source.names)
+            names = {n: place.name for n, place in places_in_model(self.model, self.source.names).items()}
         pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
         check_tensors(stored.skeleton(), self.source, only=pattern)
         found = {name: pattern.search(inside) for name, inside in names.items()}

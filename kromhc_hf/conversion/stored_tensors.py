@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -130,13 +130,21 @@ def check_tensors(
         )
 
 
-def names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """For the names of stored tensors, those under which a model has them, or what they go into."""
+class Place(NamedTuple):
+    """Where a stored tensor goes: the name in the model, and whether it gets there as it is stored."""
+
+    name: str
+    as_it_is: bool
+
+
+def places_in_model(model: Any, names: Iterable[str]) -> dict[str, Place]:
+    """Where transformers puts stored tensors of these names, which families may have under others."""
     conversions: Any = get_model_conversion_mapping(model)
     renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
     converters = [step for step in conversions if isinstance(step, WeightConverter)]
     prefix, known = model.base_model_prefix, model.state_dict()
-    return {name: rename_source_key(name, renamings, converters, prefix, known)[0] for name in names}
+    found = {name: rename_source_key(name, renamings, converters, prefix, known) for name in names}
+    return {name: Place(inside, converter is None) for name, (inside, converter) in found.items()}
 
 
 def _has_tensor(names: Iterable[str], module: str) -> bool:

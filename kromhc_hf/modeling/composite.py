@@ -26,9 +26,9 @@ def models_to_text_model(model: Any, path: str) -> list[Any]:
     found = [name for name, part in models.items() if part.config is text and attribute(part, path) is not None]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} must have a text model of model type {text.model_type!r} inside, with the "
-            f"configuration of get_text_config() and its decoder layers at {path!r}; there is none. Use a model of "
-            "another family; `kromhc families` lists them."
+            f"{type(model).__name__} must have a text model of model type {text.model_type!r} inside that shares the "
+            f"configuration of get_text_config() and has its decoder layers at {path!r}; there is none. Put back the "
+            "text model that was made with it, or save the model and load it again."
         )
     # A causal language model may be in between; the innermost one is meant.
     name = max(found, key=len)
