@@ -80,7 +80,7 @@ def remove_hyper_connections(model: Any) -> Any:
         if not isinstance(layer, HyperConnectedLayer):
             raise ValueError(
                 f"every decoder layer must have hyper-connections to remove; got layer {position} "
-                f"({type(layer).__name__}) without. They were removed from a part of the model; reload it."
+                f"({type(layer).__name__}) without. Put the layer back that had them, or reload the model."
             )
     replace_config(model, model.config.to_backbone_config())
     uninstall(decoder)
