@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections for the causal language models of Hugging Face transformers."""
+"""Manifold-constrained hyper-connections for the language models of Hugging Face transformers."""
 
 from importlib import import_module
 from importlib.util import find_spec

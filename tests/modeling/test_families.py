@@ -16,7 +16,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from kromhc_hf import KromHCConfig, apply_hyper_connections, has_hyper_connections, supported_model_types
+from kromhc_hf import (
+    KromHCConfig,
+    apply_hyper_connections,
+    composite_model_types,
+    has_hyper_connections,
+    supported_model_types,
+)
 from kromhc_hf.families_table import (
     BEGIN,
     END,
@@ -51,8 +57,9 @@ def test_every_text_model_inside_has_a_row():
     assert INSIDE.keys() <= set(COMPOSITE.values())
 
 
-def test_at_least_ninety_model_types():
+def test_at_least_ninety_model_types_and_seventy_of_several_modalities():
     assert len(supported_model_types()) >= 90
+    assert len(composite_model_types()) >= 70
 
 
 @pytest.mark.parametrize("model_type", sorted(REFUSED))
