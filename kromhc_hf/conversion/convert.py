@@ -32,6 +32,7 @@ VERIFICATION = (
     "dtype",
     "tokens",
     "text",
+    "image",
     "output",
     "bitwise_equal",
     "max_logit_difference",

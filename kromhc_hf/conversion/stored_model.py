@@ -15,6 +15,7 @@ from ..modeling.host import class_for_task, class_names_for_task
 from ..modeling.layer_fit import check_model_type
 from ..modeling.modeling_kromhc import (
     FACES,
+    GENERATIVE_FACES,
     HyperConnectedModel,
     KromHCForCausalLM,
     KromHCForQuestionAnswering,
@@ -34,7 +35,7 @@ def family_of(config: Any) -> Any:
 def face_of(config: Any) -> type[HyperConnectedModel]:
     """The task of a checkpoint, by the class that its configuration names in `architectures`.
 
-    A configuration that names none is that of a causal language model, and so is one that names a class of a
+    A configuration that names none is that of a model that continues a text, and so is one that names a class of a
     repository's own code `...ForCausalLM`.
 
     Raises:
@@ -49,7 +50,8 @@ def face_of(config: Any) -> type[HyperConnectedModel]:
         if backbone is not None and {*plain, class_name(backbone, family)} & set(names):
             return face
     if not names or names[0].endswith("ForCausalLM"):
-        return KromHCForCausalLM
+        made = (face for face in GENERATIVE_FACES if class_for_task(face.auto_class, family) is not None)
+        return next(made, KromHCForCausalLM)
     raise ValueError(
         f"architectures in config.json must name a class of {family.model_type} that can be given hyper-connections: "
         f"{', '.join(dict.fromkeys(known))}; got {names[0]!r}. Load the checkpoint with one of them and save it with "

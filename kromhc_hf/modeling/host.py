@@ -189,8 +189,13 @@ def config_class_name(model_type: str) -> str:
 
 
 def class_for_task(auto_class: Any, config_type: Any) -> Any:
-    """The model class that an Auto class stands for with a configuration class, None if there is none."""
-    return auto_class._model_mapping.get(config_type, None)
+    """The model class that an Auto class stands for with a configuration class, None if there is none.
+
+    None too where it is the class of the text model alone, which is made from a part of the configuration.
+    """
+    found = auto_class._model_mapping.get(config_type, None)
+    parts = {part for part in config_type.sub_configs.values() if part is not config_type}
+    return None if getattr(found, "config_class", None) in parts else found
 
 
 def class_names_for_task(auto_class: Any, model_type: str) -> tuple[str, ...]:
