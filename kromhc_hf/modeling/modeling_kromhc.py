@@ -1,8 +1,8 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """KromHCForCausalLM and its siblings: a family's own model classes, with hyper-connections in their decoder layers.
 
-It is longer than other files because it names all of them, since some releases of transformers bring no others along, and
-because the classes for the tasks and those that are generated from them make each other.
+It is longer than other files because it names all of them, since some releases of transformers bring no others along,
+and because the classes for the tasks and those that are generated from them make each other.
 
 The way from config.json to a running model:
 1. `"model_type": "kromhc_llama"` leads AutoConfig to `KromHCLlamaConfig`, a LlamaConfig with the options beside its own
