@@ -18,10 +18,12 @@ TEXT = DATA / "tinyshakespeare.txt"
 INSTRUCTIONS = Path(__file__).parent / "instructions.jsonl"
 
 
-def parse_arguments(description: str, *, steps: int, learning_rate: float) -> argparse.Namespace:
-    """The command line that all examples have."""
+def parse_arguments(
+    description: str, *, steps: int, learning_rate: float, trainers: tuple[str, ...] = ()
+) -> argparse.Namespace:
+    """The command line that all examples have, and a choice of trainers where there are several."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default=str(MODEL), help="folder or Hub id of a causal language model")
+    parser.add_argument("--model", default=str(MODEL), help="folder or Hub id of the model")
     parser.add_argument("--text", default=str(TEXT), help="text file to train on")
     parser.add_argument("--output", default="example-output", help="folder for the result")
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps")
@@ -29,6 +31,8 @@ def parse_arguments(description: str, *, steps: int, learning_rate: float) -> ar
     parser.add_argument("--num-streams", type=int, default=4, help="residual streams n")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
+    if trainers:
+        parser.add_argument("--trainer", default=trainers[0], choices=trainers, help="what trains")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections for the causal language models of Hugging Face transformers."""
+"""Manifold-constrained hyper-connections for the language models of Hugging Face transformers."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,10 +18,12 @@ from .inspection.report import write_report
 from .modeling.configuration_kromhc import KromHCConfig
 from .modeling.host import warn_if_untested
 from .modeling.hyper_connection import HyperConnection, Mappings
-from .modeling.layer_fit import supported_model_types
+from .modeling.layer_fit import composite_model_types, supported_model_types
 from .modeling.mixing import doubly_stochastic_error
 from .modeling.modeling_kromhc import (
     KromHCForCausalLM,
+    KromHCForImageTextToText,
+    KromHCForMultimodalLM,
     KromHCForQuestionAnswering,
     KromHCForSequenceClassification,
     KromHCForTokenClassification,
@@ -59,6 +61,8 @@ __all__ = [
     "HyperConnectionTrainerMixin",
     "KromHCConfig",
     "KromHCForCausalLM",
+    "KromHCForImageTextToText",
+    "KromHCForMultimodalLM",
     "KromHCForQuestionAnswering",
     "KromHCForSequenceClassification",
     "KromHCForTokenClassification",
@@ -69,6 +73,7 @@ __all__ = [
     "StreamOptions",
     "adapter_to_model",
     "apply_hyper_connections",
+    "composite_model_types",
     "convert_checkpoint",
     "count_parameters",
     "doubly_stochastic_error",

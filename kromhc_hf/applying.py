@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.modeling_utils import PreTrainedModel
 
+from .modeling.composite import replace_config
 from .modeling.configuration_kromhc import KromHCConfig
 from .modeling.connection_plan import find_decoder, plan_connections
 from .modeling.decoder_layer import HyperConnectedLayer
@@ -12,7 +13,7 @@ from .modeling.layer_fit import check_own_forward
 from .modeling.modeling_kromhc import HyperConnectedModel, model_class
 from .modeling.options import StreamKeywords, StreamOptions, given_options, show_options
 from .modeling.outside_families import bind_model
-from .whole_models import check_whole
+from .whole_models import check_removable, check_whole
 
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def apply_hyper_connections(model: Any, *positional: Any, **options: "Unpack[Str
     bind_model(model)
     config = KromHCConfig(backbone_config=model.config, **stream_options.as_fields())
     replace_config(model, config)
-    install(plan, config, model_class)
+    install(plan, model_class)
     return model
 
 
@@ -70,27 +71,19 @@ def remove_hyper_connections(model: Any) -> Any:
         The same model object, now of the family's own class.
 
     Raises:
-        ValueError: if the model has no hyper-connections.
+        ValueError: if the model has no hyper-connections, or is a part of another one that has them.
     """
     if not has_hyper_connections(model):
         raise ValueError(f"model must have hyper-connections to remove; got {type(model).__name__} without them.")
+    check_removable(model)
     decoder = find_decoder(model)
     for position, layer in enumerate(decoder.layers):
         check_own_forward(layer, position)
         if not isinstance(layer, HyperConnectedLayer):
             raise ValueError(
                 f"every decoder layer must have hyper-connections to remove; got layer {position} "
-                f"({type(layer).__name__}) without. They were removed from a part of the model; reload it."
+                f"({type(layer).__name__}) without. Put the layer back that had them, or reload the model."
             )
     replace_config(model, model.config.to_backbone_config())
     uninstall(decoder)
     return model
-
-
-def replace_config(model: Any, config: Any) -> None:
-    """Puts `config` wherever the model and its modules hold their present one, so that they go on sharing it."""
-    present = model.config
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if value is present:
-                setattr(module, name, config)

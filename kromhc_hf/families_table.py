@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from .modeling.families import REFUSED, SUPPORTED
+from .modeling.families import COMPOSITE, REFUSED, ROWS, SUPPORTED
 from .modeling.host import NEWEST, has_family, numbered
 from .modeling.layer_spec import Row, Step, Sublayer, layer_kinds
 
@@ -24,30 +24,45 @@ class FamilyRow(NamedTuple):
     supported: bool
     description: str  # the pattern of its residual steps, or the reason
     exactness: str  # of a freshly converted model against the original; empty if refused
+    text_model: str = ""  # of a model of several modalities, the model type of the text model inside
 
 
 def families_table() -> list[FamilyRow]:
-    """One row per model type of the installed transformers, supported ones first, each part in alphabetical order."""
+    """One row per model type of the installed transformers: causal language models, models of several modalities, and
+    those that are refused, each part in alphabetical order."""
     return [row for row in _all_families() if has_family(row.model_type)]
 
 
 def _all_families() -> list[FamilyRow]:
-    supported = [
-        FamilyRow(name, True, describe(row), EXACT if all(spec.exact for spec in layer_kinds(row)) else REORDERED)
-        for name, row in sorted(SUPPORTED.items())
+    supported = [FamilyRow(name, True, describe(row), _exactness(row)) for name, row in sorted(SUPPORTED.items())]
+    supported += [
+        FamilyRow(name, True, describe(ROWS[text]), _exactness(ROWS[text]), text)
+        for name, text in sorted(COMPOSITE.items())
     ]
     return supported + [FamilyRow(name, False, reason, "") for name, reason in sorted(REFUSED.items())]
 
 
+def _exactness(row: Row) -> str:
+    return EXACT if all(spec.exact for spec in layer_kinds(row)) else REORDERED
+
+
 def families_markdown() -> str:
-    """The table in Markdown: supported model types by exactness, refused ones by reason."""
-    lines = [
-        f"{len(SUPPORTED)} model types of `AutoModelForCausalLM` in transformers {numbered(NEWEST)} are supported:",
+    """The table in Markdown: supported model types by exactness or text model, refused ones by reason."""
+    rows = _all_families()
+    text = [row for row in rows if row.supported and not row.text_model]
+    composite = [row for row in rows if row.text_model]
+    reordered = ", ".join(row.model_type for row in composite if row.exactness == REORDERED)
+    refused = [row for row in rows if not row.supported]
+    lines = [f"{len(text)} model types of `AutoModelForCausalLM` in transformers {numbered(NEWEST)} are supported:", ""]
+    lines += ["| logits after conversion | model types |", "|---|---|", *_grouped(text, "exactness")]
+    lines += [
         "",
+        f"So are {len(composite)} of `AutoModelForImageTextToText` and `AutoModelForMultimodalLM`, whose text",
     ]
-    lines += ["| logits after conversion | model types |", "|---|---|", *_grouped(supported=True)]
-    lines += ["", f"{len(REFUSED)} are refused:", ""]
-    lines += ["| reason | model types |", "|---|---|", *_grouped(supported=False)]
+    lines += [f"model gets the streams; logits are {EXACT}, or {REORDERED} ({reordered}):", ""]
+    lines += ["| text model, by default | model types |", "|---|---|", *_grouped(composite, "text_model")]
+    lines += ["", f"{len(refused)} are refused:", ""]
+    lines += ["| reason | model types |", "|---|---|", *_grouped(refused, "description")]
     return "\n".join(lines)
 
 
@@ -93,12 +108,11 @@ def _describe_sublayer(sublayer: Sublayer) -> str:
     return text if sublayer.scale is None else f"{sublayer.scale} * {text}"
 
 
-def _grouped(supported: bool) -> list[str]:
-    """One Markdown row per exactness or reason, the most frequent first."""
+def _grouped(rows: list[FamilyRow], field: str) -> list[str]:
+    """One Markdown row per value of a field, the most frequent first."""
     groups: dict[str, list[str]] = {}
-    for row in _all_families():
-        if row.supported == supported:
-            groups.setdefault(row.exactness or row.description, []).append(row.model_type)
+    for row in rows:
+        groups.setdefault(getattr(row, field), []).append(row.model_type)
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     return [f"| {key} | {', '.join(names)} |" for key, names in ordered]
 

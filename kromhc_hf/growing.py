@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .applying import has_hyper_connections, replace_config
+from .applying import has_hyper_connections
+from .modeling.composite import replace_config, text_model_of
 from .modeling.connection_plan import find_decoder
 from .modeling.decoder_layer import make_expansion, make_readout
 from .modeling.hyper_connection import HyperConnection
@@ -22,7 +23,8 @@ class Growth(NamedTuple):
 
     num_streams_before: int
     num_streams: int
-    # Largest absolute difference of the model's first output (the logits) on random tokens.
+    # Largest absolute difference of the model's first output (the logits) on random tokens; where there are several
+    # modalities, of that of the text model inside.
     max_difference: float
 
 
@@ -102,7 +104,8 @@ def _probe(model: Any) -> Tensor:
     """The first output on fixed random tokens, in float32."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-    return model(input_ids=ids.to(model.device), return_dict=True, use_cache=False)[0].float()
+    text_model = text_model_of(model)
+    return text_model(input_ids=ids.to(text_model.device), return_dict=True, use_cache=False)[0].float()
 
 
 def _new_digit(num_streams: int, size: int) -> Digit:

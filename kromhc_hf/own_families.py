@@ -12,9 +12,9 @@ from .modeling.outside_families import REGISTERED, checked_family
 def register_family(model_type: str, row: Row, *, layer_class: type | str | None = None) -> None:
     """Says what the decoder layers of a model look like whose code is not in transformers, so that it is supported.
 
-    The row is written in the words of `kromhc_hf.rows`. It holds in this process, so a package that brings a model along
-    calls this where it registers the model with the Auto classes. A saved model carries its row and the code of its
-    family along, if that is flat files that import each other as `from .x import y`, and loads elsewhere with
+    The row is written in the words of `kromhc_hf.rows`. It holds in this process, so a package that brings a model
+    along calls this where it registers the model with the Auto classes. A saved model carries its row and the code of
+    its family along, if that is flat files that import each other as `from .x import y`, and loads elsewhere with
     `trust_remote_code=True`. Another row for the same model type takes the place of the first one.
 
     Args:

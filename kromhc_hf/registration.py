@@ -6,22 +6,37 @@ Only the installed package registers itself; copies of the modelling files on th
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from .modeling.configuration_kromhc import PREFIX, KromHCConfig
-from .modeling.layer_fit import supported_model_types
+from .modeling.layer_fit import known_model_types
 from .modeling.modeling_kromhc import FACES, model_class
 from .whole_models import guard_saving
 
 
+# What makes the inputs of a model.
+PREPARATION: tuple[Any, ...] = (
+    TOKENIZER_MAPPING_NAMES,
+    PROCESSOR_MAPPING_NAMES,
+    IMAGE_PROCESSOR_MAPPING_NAMES,
+    VIDEO_PROCESSOR_MAPPING_NAMES,
+    FEATURE_EXTRACTOR_MAPPING_NAMES,
+)
+
+
 def register() -> None:
-    """Registers all supported families with AutoConfig, AutoTokenizer and the AutoModel classes, and guards saving."""
-    for model_type in supported_model_types():
+    """Registers all supported families with the Auto classes, and guards saving."""
+    for model_type in known_model_types():
         # Not AutoConfig.register: it needs the class, and the class needs the family's module.
         face: Any = KromHCConfig
         CONFIG_MAPPING.register(PREFIX + model_type, face, exist_ok=True)
-        if model_type in TOKENIZER_MAPPING_NAMES:
-            TOKENIZER_MAPPING_NAMES[PREFIX + model_type] = TOKENIZER_MAPPING_NAMES[model_type]
+        for names in PREPARATION:
+            if model_type in names:
+                names[PREFIX + model_type] = names[model_type]
     KromHCConfig.on_new_class.append(_register_models)
     guard_saving()
 

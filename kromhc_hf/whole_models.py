@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .modeling.configuration_kromhc import KromHCConfig
 from .modeling.decoder_layer import HyperConnectedLayer
+from .modeling.layer_fit import check_model_type
 
 
 def check_whole(model: Any) -> None:
@@ -16,18 +17,45 @@ def check_whole(model: Any) -> None:
     Raises:
         ValueError: naming the model that it is a part of.
     """
+    if (whole := _whole_of(model)) is not None:
+        raise ValueError(
+            f"model must be a whole model; got the {type(model).__name__} inside a {type(whole).__name__}, which would "
+            "be saved with a configuration that knows of no hyper-connections and be loaded without them. "
+            f"{_way_out(whole)}"
+        )
+
+
+def check_removable(model: Any) -> None:
+    """Refuses to take hyper-connections out of a part of a model that would go on believing that it has them.
+
+    Raises:
+        ValueError: naming the whole model.
+    """
+    whole = _whole_of(model)
+    if whole is not None and isinstance(whole.config, KromHCConfig):
+        raise ValueError(
+            f"hyper-connections must be removed from the whole model; got the {type(model).__name__} inside a "
+            f"{type(whole).__name__}. Call remove_hyper_connections on that."
+        )
+
+
+def _whole_of(model: Any) -> Any:
+    """The largest transformers model that a base model is a part of; None if there is none."""
     # Looking at every object takes a tenth of a second, and models with a head are hardly ever parts. Those that are
     # get refused when they are saved.
     if model.base_model is not model or not _parents(model):
-        return
+        return None
     gc.collect()  # some of them may be dead
-    if parents := _parents(model):
-        whole = max(parents, key=lambda parent: sum(1 for _ in parent.modules()))
-        raise ValueError(
-            f"model must be a whole model; got the {type(model).__name__} inside a {type(whole).__name__}, which would "
-            "be saved with a configuration that knows of no hyper-connections and be loaded without them. Give them "
-            f"to the {type(whole).__name__} if its family is supported; models of several modalities are not."
-        )
+    return max(_parents(model), key=lambda parent: sum(1 for _ in parent.modules()), default=None)
+
+
+def _way_out(whole: Any) -> str:
+    name = type(whole).__name__
+    try:
+        check_model_type(whole.config.model_type)
+    except ValueError as error:
+        return f"They cannot be given to the {name} either: {error}"
+    return f"Give them to the {name}: apply_hyper_connections(model) with the whole model."
 
 
 def _parents(model: Any) -> list[Any]:

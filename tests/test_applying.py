@@ -128,7 +128,12 @@ def test_missing_and_repeated_layers_are_refused():
 
 def test_a_part_cannot_be_left_behind():
     model = apply_hyper_connections(llama())
-    remove_hyper_connections(model.model)
+    with pytest.raises(
+        ValueError, match="from the whole model; got the KromHCLlamaModel inside a KromHCLlamaForCausalLM"
+    ):
+        remove_hyper_connections(model.model)
+    assert has_hyper_connections(model.model)
+    model.model.layers[0] = llama().model.layers[0]
     with pytest.raises(ValueError, match=r"got layer 0 \(LlamaDecoderLayer\) without"):
         remove_hyper_connections(model)
 

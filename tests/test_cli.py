@@ -9,7 +9,7 @@ import torch
 from support.tiny import configurations, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kromhc_hf import supported_model_types, verify_conversion
+from kromhc_hf import composite_model_types, supported_model_types, verify_conversion
 from kromhc_hf.modeling.options import StreamOptions
 
 
@@ -141,7 +141,8 @@ def test_families_lists_all_of_them(kromhc):
     code, out, _ = kromhc("families", "--json")
     rows = {row["model_type"]: row for row in json.loads(out)}
     assert code == 0
-    assert {name for name, row in rows.items() if row["supported"]} == set(supported_model_types())
+    supported = {*supported_model_types(), *composite_model_types()}
+    assert {name for name, row in rows.items() if row["supported"]} == supported
     assert all(row["description"] for row in rows.values())
     code, out, _ = kromhc("families")
     assert code == 0

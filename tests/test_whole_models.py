@@ -56,6 +56,8 @@ def test_the_text_model_of_a_composite(make, tmp_path):
         ValueError, match=rf"whole model; got the {type(text).__name__} inside a {type(model).__name__}"
     ):
         apply_hyper_connections(text)
+    with pytest.raises(ValueError, match=rf"Give them to the {type(model).__name__}: apply_hyper_connections\(model\)"):
+        apply_hyper_connections(model.model)
     assert list(model.state_dict()) == keys
     assert [type(module) for module in model.modules()] == kinds
     # By itself it is a model like any other, but it cannot go back.
@@ -67,6 +69,22 @@ def test_the_text_model_of_a_composite(make, tmp_path):
     assert has_hyper_connections(AutoModel.from_pretrained(tmp_path / "part"))
     remove_hyper_connections(model.model.language_model)
     model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"text model .* inside that shares the configuration of get_text_config\(\)"):
+        apply_hyper_connections(model)
+
+
+@pytest.mark.parametrize("make", [llava, gemma3])
+def test_the_whole_of_a_composite(make, tmp_path):
+    model = apply_hyper_connections(make())
+    model.save_pretrained(tmp_path / "streams")
+    loaded = type(model).from_pretrained(tmp_path / "streams")
+    assert has_hyper_connections(loaded)
+    assert has_hyper_connections(loaded.model.language_model)
+    with pytest.raises(ValueError, match="already has hyper-connections"):
+        apply_hyper_connections(model.model.language_model)
+    with pytest.raises(ValueError, match="must be removed from the whole model"):
+        remove_hyper_connections(model.model.language_model)
+    assert has_hyper_connections(model)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])

@@ -19,7 +19,7 @@ from ..modeling.decoder_layer import HyperConnectedLayer
 from ..modeling.host import load_tensors, returned_beside
 from ..modeling.stream_ends import expand, mean_of_streams
 from .stored_model import StoredModel, head_output
-from .stored_tensors import check_tensors, quantization_of
+from .stored_tensors import check_tensors, places_in_model, quantization_of
 
 
 class LayerwiseModel:
@@ -50,24 +50,30 @@ class LayerwiseModel:
         conversions: Any = get_model_conversion_mapping(self.model)
         dtype_plan = self.model._get_dtype_plan(self.dtype)
         self.loading = LoadStateDictConfig(dtype=self.dtype, dtype_plan=dtype_plan, weight_mapping=conversions)
-        pattern = re.compile(rf"(?:^|\.){re.escape(self.specs[0].layers)}\.(\d+)\.")
+        path, names = self.specs[0].layers, {name: name for name in self.source.names}
+        if self.model.config.get_text_config() is not self.model.config:
+            # Layers of other parts have such names as well.
+            path = next(path for path, module in self.model.named_modules() if module is decoder.layers)
+            names = {n: place.name for n, place in places_in_model(self.model, self.source.names).items()}
+        pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
         check_tensors(stored.skeleton(), self.source, only=pattern)
-        found = {name: pattern.search(name) for name in self.source.names}
+        found = {name: pattern.search(inside) for name, inside in names.items()}
         self.names: dict[int | None, list[str]] = {}
         for name, match in found.items():
             self.names.setdefault(int(match[1]) if match else None, []).append(name)
         self._load_shared()
 
     @torch.no_grad()
-    def run(self, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    def run(self, input_ids: Tensor, layers: Sequence[int], **inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What the head computes, such as logits `[1, S, V]`, in fp32, and the hidden states behind some layers.
 
         Other layers are left out: they return what they are given. Hidden states are `[1, S, C]`; streams are shown as
         their mean.
 
         Args:
-            tokens: `[1, S]`.
+            input_ids: `[1, S]`.
             layers: ascending positions.
+            **inputs: further inputs of a model of several modalities.
         """
         states: list[Tensor] = []
 
@@ -83,15 +89,22 @@ class LayerwiseModel:
             states.append(mean_of_streams(hidden) if hidden.dim() == 4 else hidden)
             _forget(layer)
 
-        for position, layer in enumerate(self.layers):
-            if position in layers:
-                layer.register_forward_pre_hook(fetch(position))
-                layer.register_forward_hook(record)
-            else:
-                layer.forward = self._pass_through(position)
-        # Not as an argument, which some heads do not take.
-        self.model.config.use_cache = False
-        return head_output(self.model(tokens)).float(), states
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.use_cache = False  # not as an argument, which some heads do not take
+        handles = []
+        try:
+            for position, layer in enumerate(self.layers):
+                if position in layers:
+                    handles.append(layer.register_forward_pre_hook(fetch(position)))
+                    handles.append(layer.register_forward_hook(record))
+                else:
+                    layer.forward = self._pass_through(position)
+            return head_output(self.model(input_ids=input_ids, **inputs)).float(), states
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in self.layers:
+                vars(layer).pop("forward", None)
 
     def _pass_through(self, position: int) -> Any:
         layer, is_last = self.layers[position], position == len(self.layers) - 1

@@ -18,6 +18,7 @@ from ..modeling.stream_module import StreamModule
 from ..training import gathered, sharded, unwrapped
 from .base import HUB_ID
 from .files import find_weights, read_json, refuse_revision
+from .stored_tensors import places_in_model
 from .tensor_files import read_pickled
 
 
@@ -189,9 +190,13 @@ def _first_stored_difference(model: Any, digests: BaseDigests, folder: Path) -> 
     # A base may be stored with or without its head, and by the names that it has there.
     prefix, compared = f"{unwrapped(model).base_model_prefix}.", False
     for file in weights.files:
-        stored = read_pickled(folder / file).items() if weights.pickled else _stored(folder / file)
-        for name, tensor in stored:
-            here = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in present), None)
+        pickled = read_pickled(folder / file) if weights.pickled else {}
+        held = pickled or (name for name, holder in weights.tensors.items() if holder == file)
+        places = places_in_model(unwrapped(model), held)
+        for name, tensor in pickled.items() if weights.pickled else _stored(folder / file):
+            renamed = [places[name].name] if name in places and places[name].as_it_is else []
+            names = (name, prefix + name, name.removeprefix(prefix), *renamed)
+            here = next((n for n in names if n in present), None)
             if here is None or not tensor.is_floating_point():
                 continue
             compared, (dtype, own) = True, next(iter(present[here].items()))

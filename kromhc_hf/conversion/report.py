@@ -21,6 +21,7 @@ class ConversionReport:
         dtype: in which both models ran.
         tokens: number of tokens compared.
         text: whether they were real text (a tokenizer was there) or random.
+        image: what a model of several modalities was given beside them; None for a model that takes text alone.
         output: what was compared: "logits", "start and end logits" or "last hidden state", as the head of the base is.
         bitwise_equal: whether all of that are the same bits.
         max_logit_difference: largest |difference|.
@@ -49,6 +50,7 @@ class ConversionReport:
     dtype: str | None = None
     tokens: int | None = None
     text: bool | None = None
+    image: str | None = None
     output: str | None = None
     bitwise_equal: bool | None = None
     max_logit_difference: float | None = None
@@ -100,10 +102,11 @@ def report_rows(report: ConversionReport) -> list[tuple[str, Any]]:
     ]
     if report.lossless is None:
         return rows
+    image = f" with {report.image}" if report.image else ""
     verdict = "bitwise equal" if report.bitwise_equal else f"max |difference| {report.max_logit_difference:.3g}"
     return [
         *rows,
-        ("compared on", f"{report.tokens} {'text' if report.text else 'random'} tokens in {report.dtype}"),
+        ("compared on", f"{report.tokens} {'text' if report.text else 'random'} tokens{image} in {report.dtype}"),
         (report.output or "logits", f"{verdict} (largest |value| {report.max_logit:.3g})"),
         *_distribution(report),
         *_continuation_or_layers(report),

@@ -4,12 +4,13 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
@@ -121,6 +122,23 @@ def check_tensors(
             "Fetch its files again, or correct the class that config.json names in architectures"
             f"{drop * (len(found) == 1 and bool(unexpected))}."
         )
+
+
+class Place(NamedTuple):
+    """Where a stored tensor goes: the name in the model, and whether it gets there as it is stored."""
+
+    name: str
+    as_it_is: bool
+
+
+def places_in_model(model: Any, names: Iterable[str]) -> dict[str, Place]:
+    """Where transformers puts stored tensors of these names, which families may have under others."""
+    conversions: Any = get_model_conversion_mapping(model)
+    renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
+    converters = [step for step in conversions if isinstance(step, WeightConverter)]
+    prefix, known = model.base_model_prefix, model.state_dict()
+    found = {name: rename_source_key(name, renamings, converters, prefix, known) for name in names}
+    return {name: Place(inside, converter is None) for name, (inside, converter) in found.items()}
 
 
 def _has_tensor(names: Iterable[str], module: str) -> bool:

@@ -2,8 +2,9 @@
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling.configuration_kromhc import KromHCConfig
-from ..modeling.modeling_kromhc import KromHCForCausalLM
+from ..modeling.modeling_kromhc import GENERATIVE_FACES
 from ..training import hyper_connection_state_dict
 from .layerwise import LayerwiseModel
 from .report import ConversionReport
-from .sample_text import sample_tokens
+from .sample_image import Example, image_example
+from .sample_text import SAMPLE_TEXT, sample_tokens
 from .stored_model import OUTPUT_NAMES, StoredModel, family_of, head_output
 
 
@@ -35,12 +37,14 @@ def verify_conversion(
     layers: str | Sequence[int] | None = None,
     subfolder: str = "",
     weight_variant: str | None = None,
+    trust_remote_code: bool = False,
     report: ConversionReport | None = None,
 ) -> ConversionReport:
     """Runs a base model and its converted form on the same tokens and compares what their heads compute.
 
     With `layers`, the models are run one decoder layer at a time, which takes the memory of the embeddings, one layer
-    and the head, and the output of every layer is compared too.
+    and the head, and the output of every layer is compared too. Models of several modalities are given an image beside
+    the text, through their processor if they have one, or random pixels or sound.
 
     Args:
         base: folder or Hub id of the base checkpoint.
@@ -53,6 +57,7 @@ def verify_conversion(
             run on the embeddings as if there were no others. None runs the whole models in memory.
         subfolder: where the base is in its folder or repository.
         weight_variant: which set of weights of the base, what transformers calls `variant`.
+        trust_remote_code: whether code in the two folders may be run, for a family whose code is not in transformers.
         report: a report to complete, as the conversion wrote it.
 
     Raises:
@@ -61,20 +66,34 @@ def verify_conversion(
             layers.
         OSError: if one of the two cannot be loaded.
     """
-    first = StoredModel.open(base, subfolder=subfolder, weight_variant=weight_variant)
-    second = StoredModel.open(converted)
-    wanted = None if layers is None else _positions(layers, first.config.num_hidden_layers)
+    # The converted one first, which may bring the row of its family along.
+    second = StoredModel.open(converted, trust_remote_code=trust_remote_code)
+    named: dict[str, Any] = {"subfolder": subfolder, "weight_variant": weight_variant}
+    first = StoredModel.open(base, **named, trust_remote_code=trust_remote_code)
+    text_config = first.config.get_text_config()
+    wanted = None if layers is None else _positions(layers, text_config.num_hidden_layers)
     _check_pair(first, second)
-    context = getattr(first.config, "max_position_embeddings", None) or max_tokens
-    vocabulary = first.config.get_text_config().vocab_size
-    tokens, tokenizer = sample_tokens(first.folder, text, min(max_tokens, context), vocabulary)
-    report = replace(report or _report(first, second), tokens=tokens.numel(), text=tokenizer is not None)
+    context = getattr(text_config, "max_position_embeddings", None) or max_tokens
+    # Images and the continuation need room too.
+    length = min(max_tokens, context if text_config is first.config else context // 2)
+    tokens, tokenizer = sample_tokens(first.folder, text, length, text_config.vocab_size)
+
+    def example_for(model: Any, run: Callable[..., Any] | None = None) -> Example:
+        found = image_example(model, first.folder, tokens, text or SAMPLE_TEXT, run)
+        return found or Example({"input_ids": tokens}, None)
+
+    report = replace(report or _report(first, second), text=tokenizer is not None)
     if wanted is not None:
-        return _verify_layers(first, second, tokens, wanted, dtype, report)
-    of_base = _run(first, tokens, new_tokens, dtype)
-    of_converted = _run(second, tokens, new_tokens, dtype)
+        return _verify_layers(first, second, example_for, wanted, dtype, report)
+    gc.collect()
+    model = first.load(dtype)
+    example = example_for(model)
+    of_base = _run(model, first, example, new_tokens)
+    del model
+    gc.collect()
+    of_converted = _run(second.load(dtype), second, example, new_tokens)
     return replace(
-        _compared(report, of_base.output, of_converted.output, first),
+        _compared(report, example, of_base.output, of_converted.output, first),
         output=OUTPUT_NAMES.get(first.face, "logits"),
         dtype=str(of_base.dtype).removeprefix("torch."),
         greedy_base=_spell(of_base.continuation, tokenizer),
@@ -87,20 +106,21 @@ def verify_conversion(
 def _verify_layers(
     base: StoredModel,
     converted: StoredModel,
-    tokens: Tensor,
+    example_for: Callable[..., Example],
     layers: list[int],
     dtype: torch.dtype | str,
     report: ConversionReport,
 ) -> ConversionReport:
     """`verify_conversion` with one layer of one model in memory at a time."""
     model = LayerwiseModel(base, dtype)
-    output, states = model.run(tokens, layers)
-    other_output, other_states = LayerwiseModel(converted, model.dtype).run(tokens, layers)
+    example = example_for(model.model, partial(model.run, layers=()))
+    output, states = model.run(layers=layers, **example.inputs)
+    other_output, other_states = LayerwiseModel(converted, model.dtype).run(layers=layers, **example.inputs)
     pairs = zip(layers, other_states, states)
     different = (position for position, state, expected in pairs if not _close(state, expected, model.dtype))
     first = next(different, None)
     return replace(
-        _compared(report, output, other_output, base),
+        _compared(report, example, output, other_output, base),
         output=OUTPUT_NAMES.get(base.face, "logits"),
         dtype=str(model.dtype).removeprefix("torch."),
         lossless=first is None and _close(other_output, output, model.dtype),
@@ -178,7 +198,9 @@ def _report(base: StoredModel, converted: StoredModel) -> ConversionReport:
     )
 
 
-def _compared(report: ConversionReport, base: Tensor, converted: Tensor, stored: StoredModel) -> ConversionReport:
+def _compared(
+    report: ConversionReport, example: Example, base: Tensor, converted: Tensor, stored: StoredModel
+) -> ConversionReport:
     """The report with the numbers of two outputs."""
     if base.isnan().any():
         raise ValueError(
@@ -187,12 +209,14 @@ def _compared(report: ConversionReport, base: Tensor, converted: Tensor, stored:
         )
     report = replace(
         report,
+        tokens=example.inputs["input_ids"].numel(),
+        image=example.kind,
         bitwise_equal=torch.equal(converted, base),
         max_logit_difference=(converted - base).abs().max().item(),
         max_logit=base.abs().max().item(),
         lossless_init=report.init == "identity",
     )
-    if stored.face is not KromHCForCausalLM:
+    if stored.face not in GENERATIVE_FACES:
         return report
     log_base, log_converted = base.double().log_softmax(-1), converted.double().log_softmax(-1)
     return replace(
@@ -214,21 +238,22 @@ class _Outcome(NamedTuple):
         return [] if self.greedy is None else self.greedy[0].tolist()
 
 
-def _run(stored: StoredModel, tokens: Tensor, new_tokens: int, dtype: torch.dtype | str) -> _Outcome:
-    gc.collect()
-    model = stored.load(dtype)
-    output = head_output(model(tokens))
+def _run(model: Any, stored: StoredModel, example: Example, new_tokens: int) -> _Outcome:
+    inputs = example.inputs
+    output = head_output(model(**inputs))
     greedy = None
-    if stored.face is KromHCForCausalLM:
-        prompt = tokens[:, : max(1, min(tokens.shape[1] // 2, 16))]
-        room = (getattr(model.config, "max_position_embeddings", None) or tokens.shape[1]) - prompt.shape[1]
-        greedy = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=min(new_tokens, room),
-            do_sample=False,
-            pad_token_id=model.config.pad_token_id or 0,
-        )
+    if stored.face in GENERATIVE_FACES:
+        length = inputs["input_ids"].shape[1]
+        prompt = inputs
+        if example.kind is None:
+            ids = inputs["input_ids"][:, : max(1, min(length // 2, 16))]
+            prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        text_config = model.config.get_text_config()
+        present = prompt["input_ids"].shape[1]
+        room = (getattr(text_config, "max_position_embeddings", None) or length + new_tokens) - present
+        if room > 0:
+            options = {"max_new_tokens": min(new_tokens, room), "pad_token_id": text_config.pad_token_id or 0}
+            greedy = model.generate(**prompt, do_sample=False, **options)
     return _Outcome(output.float(), model.dtype, greedy)
 
 

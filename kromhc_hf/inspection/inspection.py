@@ -175,7 +175,7 @@ def inspect_checkpoints(
             f"checkpoints to compare must have one vocabulary; got sizes {', '.join(map(str, vocabularies))}. "
             "Compare two stages of one model."
         )
-    contexts = [getattr(config, "max_position_embeddings", None) or max_tokens for config in configs]
+    contexts = [getattr(c.get_text_config(), "max_position_embeddings", None) or max_tokens for c in configs]
     ids, tokenizer = sample_tokens(stored[0].folder, text, min(max_tokens, *contexts), vocabularies[0])
     tokens = tuple(tokenizer.decode([i]) if tokenizer else str(i) for i in ids[0].tolist())
     inspections: list[Inspection] = []

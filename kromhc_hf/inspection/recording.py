@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..modeling.composite import text_model_of
 from ..modeling.decoder_layer import HyperConnectedLayer
 
 
@@ -97,7 +98,7 @@ def record_mappings(
         with torch.compiler.set_stance("force_eager"):
             if input_ids is not None:
                 with torch.no_grad():
-                    model(input_ids=input_ids)
+                    text_model_of(model)(input_ids=input_ids)
             yield records
     finally:
         for handle in handles:

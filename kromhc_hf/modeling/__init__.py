@@ -3,24 +3,12 @@
 from typing import Any
 
 from . import modeling_kromhc
-from .modeling_kromhc import (
-    KromHCForCausalLM,
-    KromHCForQuestionAnswering,
-    KromHCForSequenceClassification,
-    KromHCForTokenClassification,
-    KromHCModel,
-)
+from .modeling_kromhc import FACES
 
 
-__all__ = [
-    "KromHCForCausalLM",
-    "KromHCForQuestionAnswering",
-    "KromHCForSequenceClassification",
-    "KromHCForTokenClassification",
-    "KromHCModel",
-]
+__all__ = [face.__name__ for face in FACES]
 
 
 def __getattr__(name: str) -> Any:
-    # Generated classes, such as KromHCLlamaForCausalLM, are made when somebody asks for them.
+    # The classes for the tasks, and generated ones such as KromHCLlamaForCausalLM, which are made when asked for.
     return getattr(modeling_kromhc, name)

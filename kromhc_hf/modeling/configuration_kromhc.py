@@ -2,7 +2,10 @@
 """KromHCConfig: the configuration of a backbone family with the hyper-connection fields beside its own.
 
 For each family one class is made on demand, for example `KromHCLlamaConfig(KromHCConfig, LlamaConfig)` with
-`model_type = "kromhc_llama"`. It is flat: everything that reads a `LlamaConfig` reads it unchanged.
+`model_type = "kromhc_llama"`. It is flat: everything that reads a `LlamaConfig` reads it unchanged. For a model of
+several modalities there are two: `KromHCGemma3Config` holds a `KromHCGemma3TextConfig`, which has the fields.
+
+The file is longer than others because the two kinds of configuration make each other.
 """
 
 import copy
@@ -14,9 +17,10 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from .families import ROWS
 from .foreign_code import check_own_config
 from .host import config_class_name, config_class_of, why_absent
-from .layer_fit import check_model_type, supported_model_types
+from .layer_fit import check_model_type, known_model_types
 from .options import OPTIONS, StreamOptions, documented
 from .outside_families import BOUND, REGISTERED, OutsideFamily, bind, is_from_outside, outside_family
 from .remote_code import Shareable, take_code_along
@@ -33,7 +37,7 @@ CODE_KEYWORDS = ("trust_remote_code", "code_revision")
 
 
 class KromHCConfig(Shareable):
-    """Configuration of a causal language model with hyper-connections.
+    """Configuration of a causal language model with hyper-connections, or of a model with such a text model inside.
 
     `KromHCConfig(backbone_config=LlamaConfig(...), hc_num_streams=4)` returns a `KromHCLlamaConfig`: a `LlamaConfig`
     with the fields below. Any field of the backbone may be given as well and overrides the one in `backbone_config`.
@@ -131,6 +135,36 @@ class KromHCConfig(Shareable):
         for name, value in self.stream_options().to_dict().items():
             setattr(self, f"hc_{name}", value)
 
+    def check_keywords(self, keywords: dict[str, Any], backbone_config: PreTrainedConfig | None) -> None:
+        """Refuses keywords of the constructor that look like options of hyper-connections and are none.
+
+        Raises:
+            ValueError: naming the options.
+        """
+        # A file names its model type, and may hold any key: other models call theirs hc_ too, and what a base has of
+        # them is kept. Whoever writes code means ours.
+        for key in () if "model_type" in keywords else keywords:
+            theirs = hasattr(backbone_config, key)
+            if key.startswith("hc_") and not theirs:
+                self.check_field(key)
+            if f"hc_{key}" in FIELDS and backbone_config is not None and not theirs:
+                raise ValueError(f"{key} must be given as hc_{key} in a configuration.")
+
+    def take_over(self, backbone_config: PreTrainedConfig) -> None:
+        """Becomes a copy of the configuration of a base.
+
+        Raises:
+            ValueError: if it is of another family, or has a field by the name of one of ours.
+        """
+        name, model_type = type(self).__name__, self.backbone_config_class.model_type
+        if backbone_config.model_type != model_type:
+            raise ValueError(
+                f"backbone_config of a {name} must be of model type {model_type!r}; "
+                f"got {backbone_config.model_type!r}. Use KromHCConfig(backbone_config=...)."
+            )
+        _check_names_are_free(backbone_config)
+        vars(self).update(vars(_recast(backbone_config, type(self))))
+
     def stream_options(self) -> StreamOptions:
         """The options of the hyper-connections.
 
@@ -182,7 +216,7 @@ def _recast(config: Any, target: type) -> Any:
     """A deep copy of `config` as an instance of `target`; private state such as the attention choice comes along."""
     recast = copy.deepcopy(config)
     recast.__class__ = target
-    for name in FIELDS:
+    for name in () if issubclass(target, CompositeConfig) else FIELDS:
         if issubclass(target, KromHCConfig):
             vars(recast).setdefault(name, FIELDS[name].default)
         else:
@@ -211,7 +245,8 @@ def config_class(model_type: str) -> type[KromHCConfig]:
     backbone_class = config_class_of(model_type)
     if is_from_outside(model_type):
         return outside_config_class(REGISTERED.get(model_type) or BOUND[backbone_class].family, backbone_class)
-    return _noted(model_type, _make_config_class(model_type, backbone_class))
+    make = _make_config_class if model_type in ROWS else _make_composite_class
+    return _noted(model_type, make(model_type, backbone_class))
 
 
 def outside_config_class(family: OutsideFamily, backbone_class: Any) -> type[KromHCConfig]:
@@ -252,24 +287,11 @@ def _make_config_class(model_type: str, backbone_class: Any) -> type[KromHCConfi
     generated_init = cls.__init__
 
     def __init__(self: Any, *, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
-        # A file names its model type, and may hold any key: other models call theirs hc_ too, and what a base has of
-        # them is kept. Whoever writes code means ours.
-        for key in () if "model_type" in kwargs else kwargs:
-            theirs = hasattr(backbone_config, key)
-            if key.startswith("hc_") and not theirs:
-                self.check_field(key)
-            if f"hc_{key}" in FIELDS and backbone_config is not None and not theirs:
-                raise ValueError(f"{key} must be given as hc_{key} in a configuration.")
+        self.check_keywords(kwargs, backbone_config)
         if backbone_config is None:
             generated_init(self, **kwargs)
-        elif backbone_config.model_type != backbone_class.model_type:
-            raise ValueError(
-                f"backbone_config of a {name} must be of model type {backbone_class.model_type!r}; "
-                f"got {backbone_config.model_type!r}. Use KromHCConfig(backbone_config=...)."
-            )
         else:
-            _check_names_are_free(backbone_config)
-            vars(self).update(vars(_recast(backbone_config, cls)))
+            self.take_over(backbone_config)
             for key, value in kwargs.items():
                 setattr(self, key, value)
             # Not where nothing of the family's is new: some releases rewrite values here that their models go by.
@@ -281,9 +303,81 @@ def _make_config_class(model_type: str, backbone_class: Any) -> type[KromHCConfi
     return cls
 
 
+class CompositeConfig(KromHCConfig):
+    """Configuration of a model of several modalities, whose text configuration has the hyper-connection fields.
+
+    They can be read and set here too, `config.hc_num_streams`, and are stored there alone.
+    """
+
+    @property
+    def text_key(self) -> str:
+        """The field with the text configuration, such as "text_config"."""
+        text = self.get_text_config()  # type: ignore[attr-defined]
+        return next(name for name, value in vars(self).items() if value is text)
+
+    def to_backbone_config(self) -> PreTrainedConfig:
+        plain = _recast(self, self.backbone_config_class)
+        setattr(plain, self.text_key, self.get_text_config().to_backbone_config())  # type: ignore[attr-defined]
+        return plain
+
+
+def _of_text_config(name: str) -> property:
+    def read(self: Any) -> Any:
+        return getattr(self.get_text_config(), name)
+
+    def write(self: Any, value: Any) -> None:
+        setattr(self.get_text_config(), name, value)
+
+    return property(read, write)
+
+
+def _make_composite_class(model_type: str, backbone_class: Any) -> type[KromHCConfig]:
+    name = f"KromHC{backbone_class.__name__}"
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{backbone_class.__name__} with hyper-connections in its text model, see `KromHCConfig`.",
+        "model_type": PREFIX + model_type,
+        "backbone_config_class": backbone_class,
+        **{field: _of_text_config(field) for field in FIELDS},
+    }
+    cls: Any = type(name, (CompositeConfig, backbone_class), namespace)
+    generated_init = cls.__init__
+
+    def __init__(self: Any, *, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
+        self.check_keywords(kwargs, backbone_config)
+        fields = {key: kwargs.pop(key) for key in FIELDS if key in kwargs}
+        if backbone_config is None:
+            # Families look at the model type of their text part, and make it of a class that they name.
+            parts = {key: _without_streams(part) for key, part in kwargs.items()}
+            generated_init(self, **{key: plain for key, (plain, _) in parts.items()})
+            fields = {key: value for _, found in parts.values() for key, value in found.items()} | fields
+        else:
+            self.take_over(backbone_config)
+            for key, value in kwargs.items():
+                setattr(self, key, value)
+        setattr(self, self.text_key, KromHCConfig(backbone_config=self.get_text_config(), **fields))
+        self.validate()
+        self.validate_hyper_connections()
+
+    cls.__init__ = __init__
+    return cls
+
+
+def _without_streams(part: Any) -> tuple[Any, dict[str, Any]]:
+    """A part of a configuration as it is in the base, and the hyper-connection fields that it had."""
+    if isinstance(part, KromHCConfig):
+        return part.to_backbone_config(), {field: getattr(part, field) for field in FIELDS}
+    if isinstance(part, dict) and str(part.get("model_type", "")).startswith(PREFIX):
+        plain = {key: value for key, value in part.items() if key not in FIELDS}
+        found = {key: value for key, value in part.items() if key in FIELDS}
+        return {**plain, "model_type": _backbone_type(part)}, found
+    return part, {}
+
+
 def config_class_named(name: str) -> type[KromHCConfig] | None:
     """The configuration class of that name, made on first use; None if no family has one."""
-    for model_type in supported_model_types():
+    for model_type in known_model_types():
         if name == f"KromHC{config_class_name(model_type)}":
             return config_class(model_type)
     for bound in reversed(BOUND.values()):

@@ -7,9 +7,11 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .arrangement import check_distinct
+from .composite import models_to_text_model
 from .configuration_kromhc import PREFIX
 from .decoder_layer import END_NAMES, HyperConnectedLayer
-from .layer_fit import fit_layer, layer_specs
+from .layer_fit import check_model_type, fit_layer, layer_specs
+from .layer_loop import check_between_layers
 from .layer_spec import LayerSpec, attribute
 from .outside_families import outside_family
 
@@ -54,12 +56,18 @@ def find_decoder(model: Any) -> Decoder:
     Raises:
         ValueError: if the family is not supported, or the layers are not where its row says.
     """
-    candidates = layer_specs(model.config, model.config.model_type.removeprefix(PREFIX))
+    check_model_type(model.config.model_type.removeprefix(PREFIX))
+    text = model.config.get_text_config()
+    candidates = layer_specs(text, text.model_type.removeprefix(PREFIX))
     path = candidates[0].layers
-    # A base_model_prefix that names nothing makes the model its own base; the base is then one of its children.
-    bases = [model.base_model, *(child for child in model.children() if isinstance(child, PreTrainedModel))]
-    owners: list[Any] = [model]
-    module: Any = next((base for base in bases if attribute(base, path) is not None), model)
+    if text is model.config:
+        # A base_model_prefix that names nothing makes the model its own base; the base is then one of its children.
+        bases = [model.base_model, *(child for child in model.children() if isinstance(child, PreTrainedModel))]
+        owners: list[Any] = [model]
+        module: Any = next((base for base in bases if attribute(base, path) is not None), model)
+    else:
+        owners = models_to_text_model(model, path)
+        module = owners[-1]
     rest = path.split(".")
     for i in range(len(rest) + 1):
         if isinstance(module, PreTrainedModel):
@@ -91,7 +99,7 @@ def check_layers(decoder: Decoder) -> ConnectionPlan:
     Raises:
         ValueError: if one of them is not what the table of families says.
     """
-    layers, expected = decoder.layers, decoder.owners[0].config.num_hidden_layers
+    layers, expected = decoder.layers, decoder.owners[-1].config.num_hidden_layers
     if len(layers) < expected:
         raise ValueError(
             f"the model must have config.num_hidden_layers = {expected} decoder layers, since the last one reads "
@@ -99,6 +107,7 @@ def check_layers(decoder: Decoder) -> ConnectionPlan:
         )
     check_partitioned_dtype(layers)
     check_distinct(layers)
+    check_between_layers(decoder.owners[-1], decoder.path)
     config = decoder.owners[-1].config
     outside = outside_family(config, config.model_type.removeprefix(PREFIX))
     specs = [fit_layer(layer, decoder.candidates, i, outside) for i, layer in enumerate(layers)]

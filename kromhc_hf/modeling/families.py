@@ -2,8 +2,9 @@
 """Which model types are supported, as data: what the decoder layers of each family look like; and which are refused.
 
 A family is one row of `SUPPORTED`; a row with several specifications describes layers of different kinds in one model.
-A row that depends on the configuration is `ByConfig`. The file is longer than others because it is one table, in which
-every row has its neighbours beside it.
+A row that depends on the configuration is `ByConfig`. Models of several modalities are in `COMPOSITE`; their row is
+that of the text model inside, and those text models that are nothing else are in `INSIDE`. The file is longer than
+others because it is one table, in which every row has its neighbours beside it.
 """
 
 from dataclasses import replace
@@ -172,9 +173,13 @@ RECURRENT_GEMMA = tuple(
     )
     for own_state in (False, True)
 )
+ERNIE_VL = sequential(ATTENTION, replace(FEED_FORWARD, attention=True))
 INKLING = sequential(
     Sublayer(("self_attn", "attn_sconv"), "input_layernorm"),
     Sublayer(("mlp", "mlp_sconv"), "post_attention_layernorm", attention=True),
+)
+NORM_AFTER = sequential(
+    Sublayer("self_attn", post=("input_layernorm",)), Sublayer("mlp", post=("post_attention_layernorm",))
 )
 
 GEMMA4 = replace(SANDWICH, gain="layer_scalar")
@@ -235,6 +240,10 @@ def gemma4(config: Any) -> LayerSpec:
             "layer itself on the residual. Use a dense model of the family."
         )
     return GEMMA4_PER_LAYER_INPUT if config.hidden_size_per_layer_input else GEMMA4
+
+
+def molmo2(config: Any) -> LayerSpec:
+    return NORM_AFTER if config.norm_after else LLAMA
 
 
 def rows(names: str, row: Row) -> dict[str, Row]:
@@ -300,6 +309,70 @@ SUPPORTED: dict[str, Row] = {
 }
 
 
+# Text models that AutoModelForCausalLM does not know by themselves.
+INSIDE: dict[str, Row] = {
+    **rows("cosmos3_edge_text deepseek_ocr2_text glm4v_moe_text hunyuan_vl_text paddleocr_vl_text", LLAMA),
+    **rows(
+        "qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text qwen3_vl_text qwen3_vl_moe_text qwen3_omni_moe_text", LLAMA
+    ),
+    **rows("step3p5 unlimited_ocr_text", LLAMA),
+    "emu3_text_model": PERSIMMON,
+    "ernie4_5_vl_moe_text": ERNIE_VL,
+    **rows("glm4v_text glm_ocr_text", GLM4),
+    "granite_docling_text": GRANITE,
+    "mistral_large4_text": LLAMA,
+    "molmo2_text": ByConfig(molmo2, (LLAMA, NORM_AFTER)),
+    "muse_glimmer_text": SANDWICH,
+}
+# The row of every type of text model.
+ROWS: dict[str, Row] = {**SUPPORTED, **INSIDE}
+
+
+def around(text_model: str, names: str) -> dict[str, str]:
+    """Model types of several modalities with the same text model inside."""
+    return dict.fromkeys(names.split(), text_model)
+
+
+def around_own(names: str) -> dict[str, str]:
+    """Model types of several modalities, each with a text model of its own."""
+    return {name: f"{name}_text" for name in names.split()}
+
+
+# Models of several modalities, and the model type of the text model that their configuration has by default; they may
+# have another one that has a row.
+COMPOSITE: dict[str, str] = {
+    **around_own("aria cohere_compass cosmos3_edge deepseek_ocr2 dots3_note ernie4_5_vl_moe gemma4 gemma4_unified"),
+    **around_own("glm4v_moe glm_ocr granite_docling hunyuan_vl llama4 minimax_m3_vl mistral_large4 molmo2"),
+    **around_own("muse_glimmer paddleocr_vl qwen2_5_vl qwen2_vl qwen3_5_moe qwen3_vl_moe unlimited_ocr"),
+    **around("llama", "deepseek_vl deepseek_vl_hybrid glmasr idefics3 janus llava llava_next"),
+    **around("llama", "llava_next_video perception_lm smolvlm video_llava vipllava voxtral"),
+    **around("qwen2", "fast_vlm got_ocr2 internvl llava_onevision ovis2 pp_chart2table qwen2_audio"),
+    **around("qwen2", "vibevoice_asr video_llama_3"),
+    **around("qwen3", "fun_asr_nano lighton_ocr moss_transcribe_diarize qianfan_ocr qwen3_asr"),
+    **around("qwen3_5_text", "minicpm_ocr minicpmv4_6 minicpmv4_7 qwen3_5"),
+    **around("glm4v_text", "glm46v glm4v glmga"),
+    **around("opt", "blip-2 instructblip instructblipvideo"),
+    **around("cohere2", "aya_vision cohere2_vision"),
+    **around("gemma3_text", "gemma3"),
+    **around("granite", "granite_speech granite_speech_plus"),
+    **around("mistral", "idefics2 mistral3"),
+    **around("nemotron_h", "nemo_speechlm nemotron_h_omni"),
+    **around("qwen3_vl_text", "cosmos3_omni qwen3_vl"),
+    **around("deepseek_v3", "kimi_k25"),
+    **around("emu3_text_model", "emu3"),
+    **around("exaone4", "exaone4_5"),
+    **around("gemma", "paligemma"),
+    **around("hyperclovax", "hyperclovax_vision_v2"),
+    **around("inkling_text", "inkling_mm_model"),
+    **around("lfm2", "lfm2_vl"),
+    **around("lfm3", "lfm3_vl"),
+    **around("persimmon", "fuyu"),
+    **around("qwen2_5_omni_text", "qwen2_5_omni_thinker"),
+    **around("qwen3_omni_moe_text", "qwen3_omni_moe_thinker"),
+    **around("step3p5", "step3p7"),
+}
+
+
 def reasons(names: str, reason: str) -> dict[str, str]:
     """The same reason for several model types."""
     return dict.fromkeys(names.split(), reason)
@@ -310,32 +383,42 @@ NORM_ON_RESIDUAL = "the norm follows the residual addition, so that there is no 
 RESIDUAL_INSIDE = "the residual is added inside its attention and output modules, not by the layer"
 SCALED_RESIDUAL = "the residual itself is scaled in every layer, and streams would be scaled away with it"
 SEVERAL_STREAMS = "it has several residual streams already"
-MULTI_MODAL = "a multi-modal model; hyper-connections go into a text model"
+FLAT = "text and other modalities share one configuration, in which no text model can be told"
 DRAFT_MODEL = "a draft model, which reads the states and the cache of another model"
 
-# Everything else that AutoModelForCausalLM knows.
+# Everything else that AutoModelForCausalLM, AutoModelForImageTextToText and AutoModelForMultimodalLM know.
 REFUSED: dict[str, str] = {
     **reasons("bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen mvp pegasus", CROSS_ATTENTION),
     **reasons("plbart prophetnet trocr whisper", CROSS_ATTENTION),
+    **reasons("blip evolla florence2 idefics mllama pix2struct pp_formulanet t5gemma2 udop", CROSS_ATTENTION),
+    "vision-encoder-decoder": CROSS_ATTENTION,
     **reasons("bert bert-generation big_bird camembert data2vec-text electra ernie git", NORM_ON_RESIDUAL),
     **reasons("openai-gpt rembert roberta roc_bert roformer xlm xlm-roberta xlnet xmod", NORM_ON_RESIDUAL),
     **reasons("cpmant megatron-bert roberta-prelayernorm xlm-roberta-xl", RESIDUAL_INSIDE),
     **reasons("beam doge minimax zaya", SCALED_RESIDUAL),
     **reasons("deepseek_v4 gemma3n_text hy_v4 qwen4_exp_text", SEVERAL_STREAMS),
-    **reasons("emu3 fuyu gemma3n got_ocr2 mllama moss_transcribe_diarize qwen4_exp", MULTI_MODAL),
+    **reasons("gemma3n glm5_next qwen4_exp", "its text model has several residual streams already"),
+    **reasons("chameleon kyutai_speech_to_text mistral4 pi0", FLAT),
+    **reasons("kosmos-2 kosmos-2.5", "its text model has no name by which AutoModel knows it"),
     **{
-        name: f"{MULTI_MODAL}, here model type {name}_text"
-        for name in ("dots3_note", "gemma3", "gemma4", "gemma4_unified", "llama4", "qwen3_5", "qwen3_5_moe")
+        name: f"speech is made by further models, which read the states of its {name}_thinker; give that to "
+        "apply_hyper_connections: model.thinker"
+        for name in ("qwen2_5_omni", "qwen3_omni_moe")
     },
+    "diffusion_gemma": "a model that denoises blocks of tokens, and its layers call router and experts on the residual",
+    "granite4_vision": "its text model adds image features to the hidden states in the middle of its forward",
     **reasons("gemma4_assistant gemma4_unified_assistant", DRAFT_MODEL),
     "blt": "several transformers over bytes and patches, with states of different sizes",
     "dory": "the residual is the normed input, interpolated towards the update, and not a sum",
     "inkling2_loop_text": "the same stack of layers runs several times over one residual",
     "hrm_text": "two stacks of layers that run several times each, in a recurrence",
-    "inkling2_text": "its layers read the states of earlier blocks beside the residual",
+    **reasons("inkling2 inkling2_text", "its layers read the states of earlier blocks beside the residual"),
     "longcat_flash": "its expert branch starts in one residual step and is added in another",
+    "muse_spark": "gates of the layer itself join residual and branch",
     "musicgen_melody": "it predicts several audio codebooks at a time, conditioned on an encoder",
     "reformer": "its layers are reversible, on two residual streams that are not kept for the backward pass",
     "rwkv": "attention and feed-forward hand one recurrent state to each other, and the first layer norms the residual",
+    "shieldgemma2": "as a generative model, transformers saves it under names by which it is not loaded again",
+    "voxtral_realtime": "the layer itself scales what its feed-forward reads, by the delay of the speech",
     **reasons("zamba zamba2", "its attention blocks are shared between layers and added in front of the norm"),
 }

@@ -191,8 +191,8 @@ def config_class_of(model_type: str) -> Any:
     if loaded := bound_to(model_type):
         return loaded[0].config_class
     raise ValueError(
-        f"the code of model_type {model_type!r}, which is not in transformers, must be loaded first. Import the package "
-        "that has it, or load the model with an Auto class: AutoModelForCausalLM.from_pretrained(..., "
+        f"the code of model_type {model_type!r}, which is not in transformers, must be loaded first. Import the "
+        "package that has it, or load the model with an Auto class: AutoModelForCausalLM.from_pretrained(..., "
         "trust_remote_code=True)."
     )
 
@@ -205,10 +205,15 @@ def config_class_name(model_type: str) -> str:
 
 
 def class_for_task(auto_class: Any, config_type: Any) -> Any:
-    """The model class that an Auto class stands for with a configuration class, None if there is none."""
+    """The model class that an Auto class stands for with a configuration class, None if there is none.
+
+    None too where it is the class of the text model alone, which is made from a part of the configuration.
+    """
     if config_type in BOUND and auto_class.__name__ in BOUND[config_type].models:
         return BOUND[config_type].models[auto_class.__name__]
-    return auto_class._model_mapping.get(config_type, None)
+    found = auto_class._model_mapping.get(config_type, None)
+    parts = {part for part in config_type.sub_configs.values() if part is not config_type}
+    return None if getattr(found, "config_class", None) in parts else found
 
 
 def class_names_for_task(auto_class: Any, model_type: str) -> tuple[str, ...]:

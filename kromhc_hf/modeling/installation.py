@@ -10,20 +10,27 @@ from .decoder_layer import connect_layer, disconnect_layer
 from .host import record_outputs_of
 
 
-def install(plan: ConnectionPlan, config: Any, model_class: Callable[[Any, Any], Any]) -> None:
+def install(plan: ConnectionPlan, model_class: Callable[[Any, Any], Any]) -> None:
     """Carries a checked plan out: every owner and every layer gets the class with hyper-connections, in place.
 
-    The modules hold `config`, a KromHCConfig, already; `model_class` makes the class of an owner that has its own.
+    The modules hold their KromHCConfig already; `model_class` makes the class of an owner that has its own.
     """
-    owners, layers, path, _ = plan.decoder
-    options, before = config.stream_options(), {type(layer).__name__ for layer in layers}
+    owners, layers, _, _ = plan.decoder
+    config = owners[-1].config
+    options = config.stream_options()
     for position, (layer, spec) in enumerate(zip(layers, plan.specs)):
         connect_layer(layer, spec, config, options, position)
-    arrange(layers, owners[-1].config)
-    added = plan.decoder.added_names
+    arrange(layers, config)
+    connect_owners(plan.decoder, model_class)
+
+
+def connect_owners(decoder: Decoder, model_class: Callable[[Any, Any], Any]) -> None:
+    """Gives the models around connected layers the class with hyper-connections, where they have their own."""
+    owners, layers, path, _ = decoder
+    before, added = {layer.layer_class.__name__ for layer in layers}, decoder.added_names
     for owner in owners:
         if not hasattr(owner, "backbone_class"):
-            owner.__class__ = model_class(type(owner), type(config))
+            owner.__class__ = model_class(type(owner), type(owner.config))
         owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *added}
         _tell_transformers(owner, before, layers)
     owners[-1].hc_layers_path = path

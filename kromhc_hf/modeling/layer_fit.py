@@ -6,15 +6,31 @@ from typing import Any
 import transformers
 from torch import nn
 
-from .families import REFUSED, SUPPORTED
+from .families import COMPOSITE, REFUSED, ROWS, SUPPORTED
 from .host import CACHE_NAMES, cache_name, forward_parameters, has_family, returned_beside
 from .layer_spec import ByConfig, LayerSpec, attribute
 from .outside_families import OutsideFamily, is_from_outside, outside_family
 
 
 def supported_model_types() -> tuple[str, ...]:
-    """The model types of the installed transformers that can be given hyper-connections, in alphabetical order."""
+    """The model types of `AutoModelForCausalLM` that can be given hyper-connections, in alphabetical order.
+
+    They are those of the installed transformers.
+    """
     return tuple(sorted(filter(has_family, SUPPORTED)))
+
+
+def composite_model_types() -> tuple[str, ...]:
+    """The model types of several modalities that can be given hyper-connections, in alphabetical order.
+
+    They are those of the installed transformers.
+    """
+    return tuple(sorted(filter(has_family, COMPOSITE)))
+
+
+def known_model_types() -> tuple[str, ...]:
+    """Every model type that has a configuration with hyper-connections: also text models that are parts of others."""
+    return tuple(sorted(filter(has_family, {*ROWS, *COMPOSITE})))
 
 
 def check_model_type(model_type: str) -> None:
@@ -30,9 +46,10 @@ def check_model_type(model_type: str) -> None:
             f"model_type {model_type!r} is not supported: {REFUSED[model_type]}. "
             "Use a supported family; `kromhc families` lists them."
         )
-    if model_type not in SUPPORTED:
+    if model_type not in ROWS and model_type not in COMPOSITE:
+        supported = ", ".join(sorted({*supported_model_types(), *composite_model_types()}))
         raise ValueError(
-            f"model_type must be one of the supported families ({', '.join(supported_model_types())}); "
+            f"model_type must be one of the supported families ({supported}); "
             f"got {model_type!r}. Say what its layers look like with register_family, or use a supported model."
         )
     if not has_family(model_type):
@@ -44,6 +61,10 @@ def check_model_type(model_type: str) -> None:
 
 def layer_specs(config: Any, model_type: str) -> tuple[LayerSpec, ...]:
     """The layer specifications of a family for this configuration; each layer follows the first one that it fits.
+
+    Args:
+        config: of the text model.
+        model_type: its model type without hyper-connections.
 
     Raises:
         ValueError: if the family, or the family with this configuration, is not supported.
@@ -60,7 +81,7 @@ def layer_specs(config: Any, model_type: str) -> tuple[LayerSpec, ...]:
             "cannot be dropped. Set config.layerdrop = 0."
         )
     outside = outside_family(config, model_type)
-    row = SUPPORTED[model_type] if outside is None else outside.row
+    row = ROWS[model_type] if outside is None else outside.row
     specs = row.choose(config) if isinstance(row, ByConfig) else row
     return (specs,) if isinstance(specs, LayerSpec) else specs
 

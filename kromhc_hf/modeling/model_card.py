@@ -4,29 +4,39 @@
 import json
 from typing import Any
 
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+from .host import class_for_task
+
 
 # In every card of this package, by which it knows that nobody has made the card their own.
 MARK = "<!-- Written by kromhc-hf, and anew at every upload; remove this line to keep a card of your own. -->"
-TAGS = ("kromhc", "hyper-connections", "mhc", "text-generation")
+TAGS = ("kromhc", "hyper-connections", "mhc")
+# By what a model is loaded, what makes its inputs, and what the Hub calls the task.
+TEXT = ("AutoModelForCausalLM", "AutoTokenizer", "text-generation")
+SEVERAL: dict[Any, tuple[str, str, str]] = {
+    AutoModelForImageTextToText: ("AutoModelForImageTextToText", "AutoProcessor", "image-text-to-text"),
+    AutoModelForMultimodalLM: ("AutoModelForMultimodalLM", "AutoProcessor", "audio-text-to-text"),
+}
 
 USE_WITH = """With kromhc-hf (`pip install kromhc-hf`), which runs no code from this repository:
 
 ```python
 import kromhc_hf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model}, {inputs}
 
-model = AutoModelForCausalLM.from_pretrained({name})
-tokenizer = AutoTokenizer.from_pretrained({name})
+model = {model}.from_pretrained({name})
+{variable} = {inputs}.from_pretrained({name})
 ```
 """
 
 USE_WITHOUT = """With transformers alone, through the code files in this repository (modules of kromhc-hf, Apache-2.0):
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model}, {inputs}
 
-model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)
+model = {model}.from_pretrained({name}, trust_remote_code=True)
+{variable} = {inputs}.from_pretrained({name}, trust_remote_code=True)
 ```
 """
 
@@ -65,24 +75,39 @@ def model_card(config: Any, name: str, *, tags: tuple[str, ...] = (), weights: s
     """
     origin = getattr(config, "hc_conversion", None) or {}
     usage = (USE_ON_BASE,) if weights == "hyper-connections" else (USE_WITH, USE_WITHOUT)
+    model, inputs, task = _task(config)
+    named = {
+        "name": json.dumps(name),
+        "model": model,
+        "inputs": inputs,
+        "variable": inputs.removeprefix("Auto").lower(),
+    }
     parts = [
-        _metadata(origin, tags, weights),
+        _metadata(origin, task, tags, weights),
         f"# {name.rpartition('/')[2]}\n",
         _description(config, origin, weights),
         "## Use\n",
-        *(text.format(name=json.dumps(name)) for text in usage),
+        *(text.format(**named) for text in usage),
         *([_verification(origin["verification"])] if origin.get("verification") else []),
         CITATION,
     ]
     return "\n".join(parts)
 
 
-def _metadata(origin: dict[str, Any], tags: tuple[str, ...], weights: str) -> str:
+def _task(config: Any) -> tuple[str, str, str]:
+    """The Auto class of a model, that of what makes its inputs, and the name of the task."""
+    if config.get_text_config() is config:
+        return TEXT
+    family = config.backbone_config_class
+    return next((names for auto, names in SEVERAL.items() if class_for_task(auto, family) is not None), TEXT)
+
+
+def _metadata(origin: dict[str, Any], task: str, tags: tuple[str, ...], weights: str) -> str:
     # Values in JSON are YAML.
     fields: dict[str, Any] = {
         "library_name": "kromhc-hf" if weights == "hyper-connections" else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys((*TAGS, *tags))),
+        "pipeline_tag": task,
+        "tags": list(dict.fromkeys((*TAGS, task, *tags))),
     }
     if origin.get("base_model"):
         relation = "adapter" if weights == "hyper-connections" else "finetune"
@@ -116,6 +141,7 @@ def _verification(numbers: dict[str, Any]) -> str:
         else f"largest difference {numbers['max_logit_difference']:.3g} (largest value {numbers['max_logit']:.3g})"
     )
     kind = "text" if numbers["text"] else "random"
+    beside = f" with {numbers['image']}" if numbers.get("image") else ""
     # Heads other than that of a causal language model have no distribution of the next token.
     distribution = (
         f"| mean KL | {numbers['mean_kl']:.3g} nats |\n| top-1 agreement | {numbers['top1_agreement']:.2%} |\n"
@@ -126,7 +152,7 @@ def _verification(numbers: dict[str, Any]) -> str:
         "## Verification\n\n"
         "The base model and the converted one, as the conversion wrote it and before any training, on the same tokens "
         "(`kromhc verify` repeats it):\n\n"
-        f"| compared on | {numbers['tokens']} {kind} tokens in {numbers['dtype']} |\n|---|---|\n"
+        f"| compared on | {numbers['tokens']} {kind} tokens{beside} in {numbers['dtype']} |\n|---|---|\n"
         f"| {numbers.get('output') or 'logits'} | {logits} |\n{distribution}"
         f"| lossless | {'yes' if numbers['lossless'] else 'no'} |\n"
     )

@@ -1,7 +1,8 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """KromHCForCausalLM and its siblings: a family's own model classes, with hyper-connections in their decoder layers.
 
-It is longer than other files because it names all of them: some releases of transformers bring no others along.
+It is longer than other files because it names all of them, since some releases of transformers bring no others along,
+and because the classes for the tasks and those that are generated from them make each other.
 
 The way from config.json to a running model:
 1. `"model_type": "kromhc_llama"` leads AutoConfig to `KromHCLlamaConfig`, a LlamaConfig with the options beside its own
@@ -9,13 +10,17 @@ The way from config.json to a running model:
 2. The Auto class asks for `KromHCLlamaForCausalLM(KromHCForCausalLM, LlamaForCausalLM)`, which `model_class` generates.
 3. Its `__init__` has the family build its own model. `find_decoder` finds the decoder layers, and `check_layers` holds
    each against the row of the family (connection_plan.py, layer_fit.py, families.py in the words of layer_spec.py).
-4. `install` gives layers and models their classes with hyper-connections (installation.py, decoder_layer.py).
-5. transformers fills in the weights: the family's under their own names, ours from a checkpoint or `_init_weights`.
-6. In a forward the first layer makes streams, every branch reads and writes them through kernels.py, and the last layer
+4. Of a model of several modalities these are the layers of its text model (composite.py). layer_loop.py reads what the
+   model does between them.
+5. `install` gives layers and models their classes with hyper-connections (installation.py, decoder_layer.py).
+6. transformers fills in the weights: the family's under their own names, ours from a checkpoint or `_init_weights`.
+7. In a forward the first layer makes streams, every branch reads and writes them through kernels.py, and the last layer
    reads them out (stream_ends.py); model_forward.py does that for the hidden states that are recorded on the way.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +29,8 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -48,8 +55,9 @@ from .host import (
 from .arrangement import check_complete
 from .configuration_kromhc import KromHCConfig, config_class, config_class_named, outside_config_class
 from .connection_plan import check_layers, find_decoder
-from .installation import install
-from .layer_fit import supported_model_types
+from .installation import connect_owners, install
+from .layer_fit import known_model_types
+from .layer_loop import methods_for_streams
 from .model_forward import with_readout
 from .outside_families import BOUND, OutsideFamily, bind
 from .remote_code import Shareable, class_name
@@ -63,13 +71,16 @@ if TYPE_CHECKING:
     from .foreign_code import CODE_FIELDS  # noqa: F401
     from .hyper_connection import Mappings  # noqa: F401
     from .kernels import KERNELS  # noqa: F401
+    from .kernels_check import TOKENS  # noqa: F401
     from .kernels_compiled import Project  # noqa: F401
+    from .kernels_connect import COMPOSITE  # noqa: F401
     from .kernels_eager import FEW_TOKENS  # noqa: F401
     from .kernels_eager_passes import SPAN_ELEMENTS  # noqa: F401
-    from .kernels_triton import DEPTH  # noqa: F401
-    from .kernels_triton_fused import LARGEST_STREAMS  # noqa: F401
-    from .kernels_triton_gradients import BLOCK  # noqa: F401
+    from .kernels_triton import read  # noqa: F401
+    from .kernels_triton_gradients import SHARE  # noqa: F401
     from .kernels_triton_language import AVAILABLE  # noqa: F401
+    from .kernels_triton_projection import gates  # noqa: F401
+    from .kernels_triton_width import Width  # noqa: F401
     from .layer_spec import Sublayer  # noqa: F401
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401
@@ -95,14 +106,16 @@ class HyperConnectedModel(Shareable):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         config.validate_hyper_connections()
-        base_class = KromHCModel.backbone_for(type(config))
-        # For heads that build their base model through `AutoModel`, which does not know a copy of this file on the Hub.
-        with known_to(AutoModel, type(config), base_class and model_class(base_class, type(config))):
+        # Heads build their base model, and models of several modalities their text model, through Auto classes, which
+        # do not know a copy of this file on the Hub.
+        with _known(type(config)), _known(type(config.get_text_config())):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         decoder = find_decoder(self)
-        # A head that builds its base model through AutoModel finds it connected already.
-        if not decoder.connected:
-            install(check_layers(decoder), config, model_class)
+        # What is built through an Auto class is connected already, and so far it is the only one.
+        if decoder.connected:
+            connect_owners(decoder, model_class)
+        else:
+            install(check_layers(decoder), model_class)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # By what the class is generated from, as not every class has a name that an Auto class knows it by. A class
@@ -254,8 +267,22 @@ class KromHCForQuestionAnswering(HyperConnectedModel):
     auto_class = AutoModelForQuestionAnswering
 
 
-FACES = (
-    KromHCForCausalLM,
+class KromHCForImageTextToText(HyperConnectedModel):
+    """A model of text and images with hyper-connections in its text model, for `AutoModelForImageTextToText`."""
+
+    auto_class = AutoModelForImageTextToText
+
+
+class KromHCForMultimodalLM(HyperConnectedModel):
+    """A model of text and other modalities with hyper-connections in its text model, for `AutoModelForMultimodalLM`."""
+
+    auto_class = AutoModelForMultimodalLM
+
+
+# Those that continue a text. Some models of several modalities are causal language models to transformers as well.
+GENERATIVE_FACES = (KromHCForImageTextToText, KromHCForMultimodalLM, KromHCForCausalLM)
+FACES: tuple[type[HyperConnectedModel], ...] = (
+    *GENERATIVE_FACES,
     KromHCForSequenceClassification,
     KromHCForTokenClassification,
     KromHCForQuestionAnswering,
@@ -274,7 +301,7 @@ def model_class(backbone_class: Any, config_type: Any) -> type[Any]:
 @functools.cache
 def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     model_type, name = config_type.backbone_config_class.model_type, backbone_class.__name__
-    faces = (face for face in FACES if name in class_names_for_task(face.auto_class, model_type))
+    faces = tuple(face for face in FACES if name in class_names_for_task(face.auto_class, model_type))
     new_name = class_name(backbone_class, config_type.backbone_config_class)
     namespace = {
         "__module__": __name__,
@@ -284,11 +311,22 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
         "backbone_class": backbone_class,
         "_auto_class": None,
         "forward": with_readout(backbone_class.forward),
+        **methods_for_streams(backbone_class),
     }
     # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
     mirror_weight_conversion(name, new_name)
     mirror_weight_conversion(model_type, config_type.model_type)
-    return type(new_name, (next(faces, HyperConnectedModel), backbone_class), namespace)
+    return type(new_name, (*(faces or (HyperConnectedModel,)), backbone_class), namespace)
+
+
+@contextmanager
+def _known(config_type: Any) -> Iterator[None]:
+    """Lets the Auto classes make a family's base and causal language model inside the block."""
+    with ExitStack() as stack:
+        for face in (KromHCModel, KromHCForCausalLM):
+            backbone = face.backbone_for(config_type)
+            stack.enter_context(known_to(face.auto_class, config_type, backbone and model_class(backbone, config_type)))
+        yield
 
 
 def family_in_folder(family: OutsideFamily, config_type: Any, models: dict[str, Any]) -> dict[str, Any]:
@@ -300,6 +338,10 @@ def family_in_folder(family: OutsideFamily, config_type: Any, models: dict[str, 
         models: its model classes, by Auto class.
     """
     bind(family, config_type, models)
+    # By this they take their code along when the hyper-connections have been removed.
+    for name, cls in {"AutoConfig": config_type, **models}.items():
+        if cls.__module__.startswith("transformers_modules."):
+            cls.register_for_auto_class(name)
     made = outside_config_class(family, config_type)
     return {"AutoConfig": made, **{name: model_class(backbone, made) for name, backbone in models.items()}}
 
@@ -320,7 +362,7 @@ def __getattr__(name: str) -> Any:
         return config_type
     plain = name.removeprefix("KromHC")
     for face in FACES if name.startswith("KromHC") else ():
-        for model_type in supported_model_types():
+        for model_type in known_model_types():
             stem = config_class_name(model_type).removesuffix("Config")
             if plain in class_names_for_task(face.auto_class, model_type) or plain.startswith(stem):
                 config_type = config_class(model_type)

@@ -8,12 +8,13 @@ not, the copies in the folder do. It runs only for those who pass `trust_remote_
 import ast
 import inspect
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .layer_spec import ByConfig, LayerSpec
+from .layer_spec import ByConfig, LayerSpec, Step, Sublayer
 from .outside_families import BOUND, BoundFamily
 
 
@@ -31,9 +32,9 @@ try:
     from kromhc_hf.modeling.modeling_kromhc import family_in_folder
     from kromhc_hf.modeling.outside_families import OutsideFamily
 except ImportError:
-    from .layer_spec import LayerSpec, Step, Sublayer
-    from .modeling_kromhc import family_in_folder
-    from .outside_families import OutsideFamily
+    {here} .layer_spec import LayerSpec, Step, Sublayer
+    {here} .modeling_kromhc import family_in_folder
+    {here} .outside_families import OutsideFamily
 
 {imports}
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 FAMILY = OutsideFamily(
     {model_type!r},
-    {row!r},
+    {row},
     {layer_class!r},
 )
 CLASSES = family_in_folder(FAMILY, {config_class}, {{{models}}})
@@ -65,8 +66,10 @@ def family_files(bound: BoundFamily) -> dict[str, bytes] | None:
     if "__main__" in modules or len(files) < len(modules):
         return None
     needed = {Path(path) for file in files for path in (file, *get_relative_import_files(file))}
-    if len({path.parent for path in needed}) == 1 and all(map(_is_flat, needed)):
-        return {path.name: path.read_bytes() for path in sorted(needed)}
+    # From a repository, transformers makes a folder of copies for each file that `auto_map` names.
+    contents = {(path.name, path.read_bytes()) for path in needed}
+    if len(dict(contents)) == len(contents) and all(map(_is_flat, needed)):
+        return dict(sorted(contents))
     return None if any(name.startswith("transformers_modules.") for name in modules) else {}
 
 
@@ -91,15 +94,27 @@ def joining_file(
     ]
     text = TEMPLATE.format(
         marker=marker,
+        here="from",  # spelled out, it would be taken for an import of this file
         model_type=bound.family.model_type,
         imports="\n".join(imports),
         names="\n    ".join(f"from .{name} import __doc__  # noqa: F401" for name in own_names),
-        row=chosen if isinstance(chosen, LayerSpec) else tuple(chosen),
+        row=_spelled(chosen),
         layer_class=bound.family.layer_class,
         config_class=bound.config_class.__name__,
         models=", ".join(f"{name!r}: {cls.__name__}" for name, cls in bound.models.items()),
     )
     return text + "".join(f'{name} = CLASSES["{auto}"]\n' for auto, name in class_names.items())
+
+
+def _spelled(value: Any) -> str:
+    """A part of a row as Python, without what it has by default."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_spelled, value))}{',' * (len(value) == 1)})"
+    if not isinstance(value, LayerSpec | Step | Sublayer):
+        return repr(value)
+    given = ((field, getattr(value, field.name)) for field in fields(value))
+    parts = [f"{field.name}={_spelled(part)}" for field, part in given if part != field.default]
+    return f"{type(value).__name__}({', '.join(parts)})"
 
 
 def _is_flat(path: Path) -> bool:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .families import REFUSED, SUPPORTED
+from .families import COMPOSITE, REFUSED, ROWS
 from .layer_spec import ByConfig, LayerSpec, Row
 
 
@@ -57,15 +57,15 @@ def checked_family(model_type: str, row: Any, layer_class: Any = None) -> Outsid
         raise ValueError(
             f"model_type must be a name such as 'my_llama'; got {model_type!r}. Take the one in config.json."
         )
-    if model_type in SUPPORTED:
+    if model_type in ROWS or model_type in COMPOSITE:
         raise ValueError(
             f"model_type must be one that the table of families does not have; got {model_type!r}, whose native class "
             "is supported. Load that, or give the model a model_type of its own."
         )
     if model_type in REFUSED:
         raise ValueError(
-            f"model_type {model_type!r} is not supported: {REFUSED[model_type]}. Code of your own needs a model_type of "
-            "its own."
+            f"model_type {model_type!r} is not supported: {REFUSED[model_type]}. Code of your own needs a model_type "
+            "of its own."
         )
     kinds = row.variants if isinstance(row, ByConfig) else row if isinstance(row, tuple) else (row,)
     if not kinds or not all(isinstance(kind, LayerSpec) for kind in kinds):

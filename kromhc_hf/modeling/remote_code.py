@@ -16,6 +16,8 @@ from typing import Any
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -31,6 +33,8 @@ from .outside_families import BOUND
 AUTO_CLASSES: tuple[Any, ...] = (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoModelForQuestionAnswering,
@@ -134,8 +138,8 @@ def _write_family(config: Any, folder: Path) -> bool:
             stacklevel=5,
         )
         return False
-    for name, text in files.items():
-        (folder / name).write_bytes(text)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     names = [name.removesuffix(".py") for name in own]
     text = joining_file(config, bound, MARKER, names, generated_names(type(config)))
     (folder / f"{FAMILY_MODULE}.py").write_text(text, encoding="utf-8")

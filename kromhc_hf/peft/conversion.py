@@ -29,7 +29,12 @@ from .tuner import plan_adapter
 
 
 # How PEFT calls the tasks of the Auto classes. By its names for other heads it wants a copy of the head in the adapter.
-TASK_TYPES = {"AutoModel": "FEATURE_EXTRACTION", "AutoModelForCausalLM": "CAUSAL_LM"}
+TASK_TYPES = {
+    "AutoModel": "FEATURE_EXTRACTION",
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForImageTextToText": "CAUSAL_LM",
+    "AutoModelForMultimodalLM": "CAUSAL_LM",
+}
 
 
 # What PEFT puts around the keys of a tensor: in front of them all, and between the site and its adapter.
@@ -124,8 +129,8 @@ def model_to_adapter(
         base_model_name_or_path=base.name,
         revision=base.revision,
         base_model_type=hf_config.model_type.removeprefix(PREFIX),
-        base_hidden_size=hf_config.hidden_size,
-        base_num_layers=hf_config.num_hidden_layers,
+        base_hidden_size=hf_config.get_text_config().hidden_size,
+        base_num_layers=hf_config.get_text_config().num_hidden_layers,
         **hf_config.stream_options().to_dict(),
     )
     config.save_pretrained(str(destination))

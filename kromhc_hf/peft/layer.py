@@ -20,6 +20,7 @@ from ..modeling.decoder_layer import (
 )
 from ..modeling.host import record_outputs_of
 from ..modeling.hyper_connection import Mappings
+from ..modeling.layer_loop import methods_for_streams
 from ..modeling.layer_spec import LayerSpec, attribute
 from ..modeling.model_forward import with_readout
 from ..modeling.options import StreamOptions
@@ -174,6 +175,7 @@ def _adapted_layer_class(layer_class: type[nn.Module], spec: LayerSpec, argument
 def _adapted_model_class(backbone_class: type[PreTrainedModel]) -> type:
     forward = with_readout(backbone_class.forward)
     namespace = {"__doc__": backbone_class.__doc__, "backbone_class": backbone_class, "forward": forward}
+    namespace |= methods_for_streams(backbone_class)
     return type(backbone_class.__name__, (AdaptedModel, backbone_class), namespace | _same_name(backbone_class))
 
 

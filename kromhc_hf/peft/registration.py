@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ..modeling.configuration_kromhc import PREFIX
-from ..modeling.layer_fit import supported_model_types
+from ..modeling.layer_fit import known_model_types
 
 
 def register_with_peft() -> None:
@@ -31,7 +31,7 @@ def mirror_default_targets() -> None:
     constants = vars(importlib.import_module("peft.utils.constants"))
     for name, by_model_type in constants.items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(by_model_type, dict):
-            for model_type in supported_model_types():
+            for model_type in known_model_types():
                 if model_type in by_model_type:
                     by_model_type.setdefault(PREFIX + model_type, by_model_type[model_type])
 

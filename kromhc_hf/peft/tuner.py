@@ -19,7 +19,7 @@ from ..applying import has_hyper_connections
 from ..conversion.files import ADAPTER_TYPE
 from ..modeling.connection_plan import ConnectionPlan, find_decoder, present_plan
 from ..modeling.decoder_layer import END_NAMES, new_connections
-from ..modeling.families import SUPPORTED
+from ..modeling.families import ROWS
 from ..modeling.layer_spec import layer_kinds
 from .config import KromHCPeftConfig, peft_type
 from .layer import (
@@ -58,7 +58,7 @@ def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
     Raises:
         ValueError: naming the modules that the adapter asks for and those that the model has.
     """
-    names = {name for row in SUPPORTED.values() for spec in layer_kinds(row) for name in spec.names}
+    names = {name for row in ROWS.values() for spec in layer_kinds(row) for name in spec.names}
     wanted = set(getattr(config, "modules_to_save", None) or ()) & {*names, *END_NAMES}
     present = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     if wanted and not wanted & present:
@@ -83,10 +83,9 @@ def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, 
             'its own. Train those: freeze_backbone(model), or LoraConfig(..., modules_to_save=["attn_hc", "ffn_hc"]).'
         )
     plan = present_plan(find_decoder(model))
-    backbone = model.config
     actual = {
-        "base_model_type": backbone.model_type,
-        "base_hidden_size": backbone.hidden_size,
+        "base_model_type": model.config.model_type,
+        "base_hidden_size": plan.decoder.owners[-1].config.hidden_size,
         "base_num_layers": len(plan.decoder.layers),
     }
     made_for = {name: getattr(config, name) for name in actual}
@@ -133,7 +132,7 @@ class HyperConnectionTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         position, options = int(target_name), peft_config.stream_options()
-        spec, backbone_config = self._plan.specs[position], self._plan.decoder.owners[0].config
+        spec, backbone_config = self._plan.specs[position], self._plan.decoder.owners[-1].config
         connections = new_connections(target, spec, options, backbone_config, position)
         if not isinstance(target, AdaptedLayer):
             adapt_layer(target, spec)

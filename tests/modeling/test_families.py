@@ -12,9 +12,19 @@ from support.tiny import configurations, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
-from kromhc_hf import KromHCConfig, apply_hyper_connections, has_hyper_connections, supported_model_types
+from kromhc_hf import (
+    KromHCConfig,
+    apply_hyper_connections,
+    composite_model_types,
+    has_hyper_connections,
+    supported_model_types,
+)
 from kromhc_hf.families_table import (
     BEGIN,
     END,
@@ -23,7 +33,7 @@ from kromhc_hf.families_table import (
     families_table,
     write_families,
 )
-from kromhc_hf.modeling.families import REFUSED, SUPPORTED
+from kromhc_hf.modeling.families import COMPOSITE, INSIDE, REFUSED, ROWS, SUPPORTED
 from kromhc_hf.modeling.host import NEWEST, release
 from kromhc_hf.modeling.layer_spec import layer_kinds
 
@@ -31,13 +41,17 @@ from kromhc_hf.modeling.layer_spec import layer_kinds
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_causal_model_type_of_transformers_is_in_the_table_or_refused():
+def test_every_generative_model_type_of_transformers_is_in_the_table_or_refused():
     """On the newest release that the tests have seen; what a newer one adds is reported, with the row that fits it."""
-    known = {CONFIG_MAPPING[name].model_type for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
-    unknown = sorted(known - SUPPORTED.keys() - REFUSED.keys())
-    assert not SUPPORTED.keys() & REFUSED.keys()
+    causal = {CONFIG_MAPPING[name].model_type for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    several = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() | MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.keys()
+    unknown = sorted((causal | several) - SUPPORTED.keys() - COMPOSITE.keys() - REFUSED.keys())
+    tables = [*SUPPORTED, *COMPOSITE, *INSIDE, *REFUSED]
+    assert len(tables) == len(set(tables))
     if release() == NEWEST:
-        assert not (SUPPORTED.keys() | REFUSED.keys()) - known
+        assert SUPPORTED.keys() <= causal
+        assert COMPOSITE.keys() <= several
+        assert REFUSED.keys() <= causal | several
         assert not unknown, [f"{name}: {proposal(name)}" for name in unknown]
     for name in unknown:
         warnings.warn(f"transformers has a new model type {name}: {proposal(name)}", stacklevel=1)
@@ -46,18 +60,26 @@ def test_every_causal_model_type_of_transformers_is_in_the_table_or_refused():
 def test_a_model_type_without_a_row_is_reported_with_the_one_that_fits(monkeypatch):
     row = SUPPORTED["gemma2"]
     monkeypatch.delitem(SUPPORTED, "gemma2")
+    monkeypatch.delitem(ROWS, "gemma2")
     assert "gemma3_text" in SUPPORTED
     assert proposal("gemma2") == "the row of gemma3_text fits it, bitwise"
     assert SUPPORTED["gemma3_text"] == row
     monkeypatch.delitem(REFUSED, "minimax")
     assert proposal("minimax").startswith("it fits no row that there is")
-    assert "gemma2" not in SUPPORTED
-    assert "minimax" not in SUPPORTED
+    assert not {"gemma2", "minimax"} & ROWS.keys()
     assert proposal("nothing").startswith("no tiny model of it can be made (KeyError")
 
 
-def test_at_least_ninety_model_types():
+def test_every_text_model_inside_has_a_row():
+    found = {name: CONFIG_MAPPING[name]().get_text_config().model_type for name in COMPOSITE}
+    assert found == COMPOSITE
+    assert set(COMPOSITE.values()) <= ROWS.keys()
+    assert INSIDE.keys() <= set(COMPOSITE.values())
+
+
+def test_at_least_ninety_model_types_and_seventy_of_several_modalities():
     assert len(supported_model_types()) >= 90
+    assert len(composite_model_types()) >= 70
 
 
 @pytest.mark.parametrize("model_type", sorted(REFUSED))
@@ -140,7 +162,7 @@ def test_layers_read_by_no_name_of_a_family():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             for part in ast.walk(node) if isinstance(node, ast.Compare | ast.If | ast.IfExp) else ():
                 if isinstance(part, ast.Constant) and isinstance(node, ast.Compare):
-                    assert part.value not in SUPPORTED, f"{file.name}:{part.lineno} compares with {part.value!r}"
+                    assert part.value not in ROWS | COMPOSITE, f"{file.name}:{part.lineno} compares with {part.value!r}"
 
 
 def test_table_rows():
@@ -150,6 +172,9 @@ def test_table_rows():
     assert rows["llama"].exactness == "bitwise equal"
     assert rows["cohere"].exactness == "equal up to the rounding of one sum"
     assert rows["granitemoe"].description.startswith("residual_multiplier * self_attn(input_layernorm(x)); ")
+    assert rows["gemma3"].supported
+    assert rows["gemma3"].text_model == "gemma3_text"
+    assert rows["gemma3"].description == describe(SUPPORTED["gemma3_text"])
     assert not rows["zamba"].supported
     assert rows["zamba"].description == REFUSED["zamba"]
     assert describe(SUPPORTED["phi"]) == (

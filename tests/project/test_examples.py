@@ -1,6 +1,7 @@
 """Every example in a short mode, offline on the embedded model; its result loads and gives the loss that it printed."""
 
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from kromhc_hf import KromHCForCausalLM
+from kromhc_hf import KromHCForCausalLM, KromHCForImageTextToText
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -28,10 +29,10 @@ def printed(output: str) -> tuple[float, float, Path]:
     return float(losses[1]), float(losses[2]), Path(result[1])
 
 
-def run_example(name: str, folder: Path, monkeypatch, capsys) -> tuple[float, float, Path]:
+def run_example(name: str, folder: Path, monkeypatch, capsys, *more: str) -> tuple[float, float, Path]:
     """Runs an example in this process, where the libraries are imported already."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(sys, "argv", [name, *SHORT, "--output", str(folder)])
+    monkeypatch.setattr(sys, "argv", [name, *SHORT, *more, "--output", str(folder)])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     return printed(capsys.readouterr().out)
 
@@ -81,6 +82,25 @@ def test_lora_example(tmp_path, monkeypatch, capsys):
     assert isinstance(model.get_base_model(), KromHCForCausalLM)
     prompt = AutoTokenizer.from_pretrained(folder)("Who was at the park with Tim?\n", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] == prompt["input_ids"].shape[1] + 5
+
+
+@pytest.mark.parametrize("trainer", ["trainer", "sft"])
+def test_image_example(tmp_path, monkeypatch, capsys, trainer):
+    before, after, folder = run_example("images", tmp_path / "result", monkeypatch, capsys, "--trainer", trainer)
+    assert after < before
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert isinstance(model, KromHCForImageTextToText)
+    from images import draw, pairs
+
+    assert len(pairs(seed=0)) == len({row["completion"][0]["content"] for row in pairs(seed=0)}) == 18
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
+    text = processor.apply_chat_template(chat)
+    logits = []
+    for color in ("red", "blue"):
+        inputs = processor(text=text, images=[draw(color, "disc", random.Random(0))], return_tensors="pt")
+        with torch.no_grad():
+            logits.append(model(**inputs).logits)
+    assert not torch.equal(*logits)
 
 
 def test_fsdp2_example_on_two_ranks(tmp_path):

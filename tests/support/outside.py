@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from kromhc_hf.rows import LayerSpec, Step, Sublayer, block, sequential
+from kromhc_hf.rows import LayerSpec, Sublayer, block, sequential
 
 
 BASES = Path(__file__).with_name("bases")

@@ -68,6 +68,9 @@ SPECIAL: dict[str, list[dict]] = {
             },
         }
     ],
+    "cosmos3_edge_text": [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    ],
     "ctrl": [{**GPT2_SIZES, "dff": 48}],
     "dbrx": [
         {
@@ -79,10 +82,18 @@ SPECIAL: dict[str, list[dict]] = {
             "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         }
     ],
+    "deepseek_ocr2_text": [{"mlp_layer_types": ["dense", "sparse", "sparse"]}],
     "dots3_note_text": [
         {
             **dict.fromkeys(["swa_num_attention_heads", "swa_num_key_value_heads", "swa_qk_nope_head_dim"], 4),
             **dict.fromkeys(["swa_q_lora_rank", "swa_kv_lora_rank", "swa_head_dim", "swa_v_head_dim"], 8),
+        }
+    ],
+    "ernie4_5_vl_moe_text": [
+        {
+            "moe_intermediate_size": [16, 16],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
         }
     ],
     "falcon": [

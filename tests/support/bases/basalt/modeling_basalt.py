@@ -1,7 +1,6 @@
 """Parallel branches, layers that return tuples, and learned scales inside the branches; not in transformers."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -79,7 +78,7 @@ class BasaltTrunk(BasaltPreTrainedModel):
             outputs = block(x, mask=mask, layer_past=past_key_values)
             x = outputs[0]
             weights = (*weights, outputs[1])
-        return BaseModelOutputWithPast(F.layer_norm(x, (self.config.width,)) + self.last(x), past_key_values, None, weights)
+        return BaseModelOutputWithPast(self.last(x), past_key_values, None, weights)
 
 
 class BasaltForCausalLM(BasaltPreTrainedModel, GenerationMixin):
