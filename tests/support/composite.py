@@ -120,6 +120,25 @@ MEL = {"input_features": (2, 8, 64)}
 # What a type needs: how many tokens an image or sound takes, fields of the configuration, and inputs: the shape of
 # random numbers as a tuple, or integers as a list.
 CASES = {
+    "apertus1p5": (
+        16,
+        {
+            "image_token_offset": 3,
+            "audio_config": {"codebook_dim": 32, "codebook_size": 16, "num_filters": 4},
+            "audio_token_offset": 67,
+            "vision_config": {
+                "codebook_size": 64,
+                "embed_dim": 4,
+                "latent_channels": 4,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "attn_resolutions": [],
+                "resolution": 8,
+            },
+        },
+        {"pixel_values": (2, 3, 8, 8), "image_sizes": [[8, 8]] * 2},
+    ),
     "aria": (4, {"projector_patch_to_query_dict": {16: 4}}, PIXELS),
     "aya_vision": (4, {}, PIXELS),
     "blip-2": (4, {}, PIXELS),
@@ -317,6 +336,20 @@ CASES = {
             "vision_hidden_size": 32,
         },
         {"pixel_values": (32, 147), "image_grid_hw": [[4, 4]] * 2},
+    ),
+    "omniasr": (
+        5,
+        {
+            "audio_config": {
+                "conv_dim": [8, 8],
+                "conv_kernel": [4, 2],
+                "conv_stride": [2, 2],
+                "num_conv_pos_embeddings": 4,
+                "num_conv_pos_embedding_groups": 2,
+                "layerdrop": 0.0,
+            }
+        },
+        {"input_values": (2, 1, 22)},
     ),
     "ovis2": (16, {}, PIXELS),
     "paddleocr_vl": (4, MROPE, SQUARES),
