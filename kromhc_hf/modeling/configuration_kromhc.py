@@ -117,7 +117,7 @@ class KromHCConfig(Shareable):
         take_code_along(self, Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
-    # It looks at the source file of the class, and rewrites values of custom code by names that the family does not know.
+    # By the source file of the class, and some releases rewrite values of custom code to what the family does not know.
     @classmethod
     def is_custom_code(cls) -> bool:
         return cls.backbone_config_class.is_custom_code()

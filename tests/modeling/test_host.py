@@ -195,7 +195,7 @@ def test_families_that_the_release_lacks(monkeypatch):
 
 
 def test_a_configuration_is_no_custom_code():
-    """Up to 5.16 transformers rewrites the kinds of layers in that of custom code by names that lfm2 does not know."""
+    """Transformers 5.16 rewrites the kinds of layers in that of custom code by names that lfm2 does not know."""
     config = KromHCConfig(backbone_config=configurations("lfm2")[0])
     assert not config.is_custom_code()
     config.validate()
