@@ -341,11 +341,13 @@ def around_own(names: str) -> dict[str, str]:
 # Models of several modalities, and the model type of the text model that their configuration has by default; they may
 # have another one that has a row.
 COMPOSITE: dict[str, str] = {
-    **around_own("aria cohere_compass cosmos3_edge deepseek_ocr2 dots3_note ernie4_5_vl_moe gemma4 gemma4_unified"),
+    **around_own(
+        "apertus1p5 aria cohere_compass cosmos3_edge deepseek_ocr2 dots3_note ernie4_5_vl_moe gemma4 gemma4_unified"
+    ),
     **around_own("glm4v_moe glm_ocr granite_docling hunyuan_vl llama4 minimax_m3_vl mistral_large4 molmo2"),
     **around_own("muse_glimmer paddleocr_vl qwen2_5_vl qwen2_vl qwen3_5_moe qwen3_vl_moe unlimited_ocr"),
     **around("llama", "deepseek_vl deepseek_vl_hybrid glmasr idefics3 janus llava llava_next"),
-    **around("llama", "llava_next_video perception_lm smolvlm video_llava vipllava voxtral"),
+    **around("llama", "llava_next_video omniasr perception_lm smolvlm video_llava vipllava voxtral"),
     **around("qwen2", "fast_vlm got_ocr2 internvl llava_onevision ovis2 pp_chart2table qwen2_audio"),
     **around("qwen2", "vibevoice_asr video_llama_3"),
     **around("qwen3", "fun_asr_nano lighton_ocr moss_transcribe_diarize qianfan_ocr qwen3_asr"),
@@ -397,7 +399,7 @@ REFUSED: dict[str, str] = {
     **reasons("cpmant megatron-bert roberta-prelayernorm xlm-roberta-xl", RESIDUAL_INSIDE),
     **reasons("beam doge minimax zaya", SCALED_RESIDUAL),
     **reasons("deepseek_v4 gemma3n_text hy_v4 qwen4_exp_text", SEVERAL_STREAMS),
-    **reasons("gemma3n glm5_next qwen4_exp", "its text model has several residual streams already"),
+    **reasons("gemma3n glm5_next hy_v4_vl qwen4_exp", "its text model has several residual streams already"),
     **reasons("chameleon kyutai_speech_to_text mistral4 pi0", FLAT),
     **reasons("kosmos-2 kosmos-2.5", "its text model has no name by which AutoModel knows it"),
     **{
@@ -410,7 +412,7 @@ REFUSED: dict[str, str] = {
     **reasons("gemma4_assistant gemma4_unified_assistant", DRAFT_MODEL),
     "blt": "several transformers over bytes and patches, with states of different sizes",
     "dory": "the residual is the normed input, interpolated towards the update, and not a sum",
-    "inkling2_loop_text": "the same stack of layers runs several times over one residual",
+    **reasons("inkling2_loop inkling2_loop_text", "the same stack of layers runs several times over one residual"),
     "hrm_text": "two stacks of layers that run several times each, in a recurrence",
     **reasons("inkling2 inkling2_text", "its layers read the states of earlier blocks beside the residual"),
     "longcat_flash": "its expert branch starts in one residual step and is added in another",

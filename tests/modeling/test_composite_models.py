@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from support.composite import composite_inputs, make_composite, other_image
 from support.tiny import separate_streams
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig
 from transformers.utils import logging
 
@@ -20,7 +22,13 @@ from kromhc_hf.modeling.layer_spec import layer_kinds
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore")
 
-pytestmark = pytest.mark.parametrize("model_type", composite_model_types())
+# What transformers' own model cannot be run on, by release.
+BROKEN = {"5.24": {"llama4"}}
+
+pytestmark = pytest.mark.parametrize(
+    "model_type",
+    sorted(set(composite_model_types()) - BROKEN.get(transformers.__version__.rpartition(".")[0], set())),
+)
 
 
 def assert_equal(actual, expected, model_type):
@@ -34,6 +42,11 @@ def assert_equal(actual, expected, model_type):
 
 def states(model):
     return [(name, type(module)) for name, module in model.named_modules()], copy.deepcopy(model.state_dict())
+
+
+def kinds(model):
+    """The classes of all modules; torch makes a new one for each module that it parametrizes."""
+    return [type(module).__name__ if is_parametrized(module) else type(module) for module in model.modules()]
 
 
 def run(model, inputs, **options):
@@ -111,7 +124,7 @@ def test_saved_and_loaded_with_streams_apart(model_type, tmp_path):
     loaded, info = model.auto_class.from_pretrained(tmp_path / "streams", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
+    assert kinds(loaded) == kinds(model)
     tensors = loaded.state_dict()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
     # The same weights at another place in memory: a product of few rows may be summed in another order.

@@ -51,7 +51,7 @@ WHOLE = {
     **dict.fromkeys(["audio_start_token_id", "boa_token_id", "video_start_token_id"], PLACE + 4),
     **dict.fromkeys(["audio_end_token_id", "eoa_token_index", "video_end_token_id"], PLACE + 5),
     **dict.fromkeys(["projector_hidden_size", "projection_dim", "hidden_size", "projection_hidden_size"], 32),
-    **dict.fromkeys(["image_text_hidden_size", "merged_hidden_size", "out_hidden_size"], 32),
+    **dict.fromkeys(["image_text_hidden_size", "out_hidden_size"], 32),
     "alignment_intermediate_size": 64,
     "num_query_tokens": 4,
 }
@@ -120,6 +120,25 @@ MEL = {"input_features": (2, 8, 64)}
 # What a type needs: how many tokens an image or sound takes, fields of the configuration, and inputs: the shape of
 # random numbers as a tuple, or integers as a list.
 CASES = {
+    "apertus1p5": (
+        16,
+        {
+            "image_token_offset": 3,
+            "audio_config": {"codebook_dim": 32, "codebook_size": 16, "num_filters": 4},
+            "audio_token_offset": 67,
+            "vision_config": {
+                "codebook_size": 64,
+                "embed_dim": 4,
+                "latent_channels": 4,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "attn_resolutions": [],
+                "resolution": 8,
+            },
+        },
+        {"pixel_values": (2, 3, 8, 8), "image_sizes": [[8, 8]] * 2},
+    ),
     "aria": (4, {"projector_patch_to_query_dict": {16: 4}}, PIXELS),
     "aya_vision": (4, {}, PIXELS),
     "blip-2": (4, {}, PIXELS),
@@ -318,6 +337,20 @@ CASES = {
         },
         {"pixel_values": (32, 147), "image_grid_hw": [[4, 4]] * 2},
     ),
+    "omniasr": (
+        5,
+        {
+            "audio_config": {
+                "conv_dim": [8, 8],
+                "conv_kernel": [4, 2],
+                "conv_stride": [2, 2],
+                "num_conv_pos_embeddings": 4,
+                "num_conv_pos_embedding_groups": 2,
+                "layerdrop": 0.0,
+            }
+        },
+        {"input_values": (2, 1, 22)},
+    ),
     "ovis2": (16, {}, PIXELS),
     "paddleocr_vl": (4, MROPE, SQUARES),
     "paligemma": (16, {}, PIXELS),
@@ -358,7 +391,7 @@ CASES = {
     ),
     "video_llama_3": (4, {}, {**PATCHES, "image_merge_sizes": [2, 2]}),
     "video_llava": (16, {}, {"pixel_values_images": (2, 3, 28, 28)}),
-    "vipllava": (16, {"vision_feature_layer": [-1, -2]}, PIXELS),
+    "vipllava": (16, {"vision_feature_layer": [-1, -2], "vision_feature_layers": [-1, -2]}, PIXELS),
     "voxtral": (16, {"audio_config": {"intermediate_size": 128}}, {"input_features": (2, 8, 128)}),
 }
 
