@@ -1,4 +1,7 @@
-"""The `kromhc` command: results on stdout, messages on stderr, exit codes as in `command_errors`."""
+"""The `kromhc` command: results on stdout, messages on stderr, exit codes as in `command_errors`.
+
+It is longer than other files because every option is described where it stands.
+"""
 
 import json
 from collections.abc import Callable
@@ -22,7 +25,18 @@ from rich.table import Table
 from transformers.utils import logging
 
 from .command_errors import ErrorsAsMessages, PipedConsole, read_text
-from .command_options import Family, TrustCode, parse_layers, refuse_unread, run_family_file, stream_options
+from .command_options import (
+    AsJson,
+    Family,
+    Private,
+    Subfolder,
+    TrustCode,
+    WeightVariant,
+    parse_layers,
+    refuse_unread,
+    run_family_file,
+    stream_options,
+)
 from .conversion.base import refuse_adapter
 from .conversion.convert import convert_checkpoint
 from .conversion.disk import LINKS
@@ -47,13 +61,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 output, messages = PipedConsole(), PipedConsole(stderr=True)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Subfolder = Annotated[str, typer.Option(help="Where the base is in its folder or repository.")]
-WeightVariant = Annotated[
-    str | None, typer.Option(help="Which set of weights of the base: fp16 for model.fp16.safetensors.")
-]
-Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 
 
 @app.command()

@@ -12,6 +12,12 @@ from .modeling.options import OPTIONS, StreamOptions, described_option
 from .modeling.outside_families import REGISTERED
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Subfolder = Annotated[str, typer.Option(help="Where the base is in its folder or repository.")]
+WeightVariant = Annotated[
+    str | None, typer.Option(help="Which set of weights of the base: fp16 for model.fp16.safetensors.")
+]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 TrustCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code in the folder of a base whose family has a row from outside."),
@@ -60,7 +66,7 @@ def run_family_file(path: Path | None) -> None:
         raise FileNotFoundError(f"--family must be a Python file; got {path}, which does not exist.")
     before = dict(REGISTERED)
     runpy.run_path(str(path))
-    if before == REGISTERED:
+    if all(before.get(name) is family for name, family in REGISTERED.items()):
         raise ValueError(f"--family must register a row; {path} does not. Call kromhc_hf.register_family in it.")
 
 

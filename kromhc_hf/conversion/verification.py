@@ -252,7 +252,9 @@ def _run(model: Any, stored: StoredModel, example: Example, new_tokens: int) -> 
         present = prompt["input_ids"].shape[1]
         room = (getattr(text_config, "max_position_embeddings", None) or length + new_tokens) - present
         if room > 0:
-            options = {"max_new_tokens": min(new_tokens, room), "pad_token_id": text_config.pad_token_id or 0}
+            # A configuration from outside may have none.
+            padding = getattr(text_config, "pad_token_id", None) or 0
+            options = {"max_new_tokens": min(new_tokens, room), "pad_token_id": padding}
             greedy = model.generate(**prompt, do_sample=False, **options)
     return _Outcome(output.float(), model.dtype, greedy)
 
