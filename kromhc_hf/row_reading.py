@@ -43,9 +43,10 @@ class Branch:
 
 
 class Sum(NamedTuple):
-    """Branches that are added before the residual is."""
+    """Branches that are added before the residual is, and an attribute with a factor on their sum."""
 
     branches: tuple[Branch, ...]
+    scale: str | None = None
 
 
 Value = Residual | Branch | Sum | None
@@ -65,12 +66,17 @@ def read_row(layer: nn.Module, layers: str = "layers") -> LayerSpec:
     reader.block(reader.definition.body)
     if not reader.steps or not reader.returned:
         reader.refuse(reader.definition, "adds no branch to its first argument and returns the sum")
-    names = ["attn_hc" if any(branch.attention is not None for branch in step) else "ffn_hc" for step in reader.steps]
+    names = [
+        "attn_hc" if any(branch.attention is not None for branch in step.branches) else "ffn_hc"
+        for step in reader.steps
+    ]
     if len(names) == 1:
         names = ["block_hc"]
     elif len(set(names)) < len(names):
         names = [f"step_{i}_hc" for i in range(len(names))]
-    steps = tuple(Step(name, tuple(map(_sublayer, step))) for name, step in zip(names, reader.steps))
+    steps = tuple(
+        Step(name, tuple(map(_sublayer, step.branches)), scale=step.scale) for name, step in zip(names, reader.steps)
+    )
     return LayerSpec(steps, layers=layers, exact=reader.exact, derived=True)
 
 
@@ -99,7 +105,7 @@ class _Reader:
         self.others = self.definition.args.kwarg.arg if self.definition.args.kwarg else None
         self.values: dict[str, Value] = {self.arguments[0]: Residual(0)}
         self.tuples: dict[str, Value] = {}  # variables with a tuple, by its first part
-        self.steps: list[list[Branch]] = []
+        self.steps: list[Sum] = []
         self.exact, self.returned = True, False
 
     def refuse(self, node: ast.AST, what: str) -> Any:
@@ -189,6 +195,10 @@ class _Reader:
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             inner = self.evaluated(test.operand)
             return None if inner is None else not inner
+        if isinstance(test, ast.BoolOp):
+            parts = [self.evaluated(value) for value in test.values]
+            if None not in parts:
+                return all(parts) if isinstance(test.op, ast.And) else any(parts)
         path = self.path(test)
         if path is not None and path != "training":
             found = attribute(self.layer, path)
@@ -238,25 +248,30 @@ class _Reader:
             found, path = self.value(side), self.path(other)
             if isinstance(found, Branch) and path is not None and found.scale is None:
                 return replace(found, scale=path)
+            if isinstance(found, Sum) and path is not None and found.scale is None:
+                return found._replace(scale=path)
         return self.refuse(node, "is no branch times an attribute")
 
     def added(self, left: Value, right: Value, node: ast.AST) -> Value:
         pair = (left, right) if isinstance(left, Residual) else (right, left)
         residual, other = pair
         if isinstance(residual, Residual) and isinstance(other, Branch | Sum):
-            branches = other.branches if isinstance(other, Sum) else (other,)
-            reads = {branch.reads for branch in branches}
+            step = other if isinstance(other, Sum) else Sum((other,))
+            reads = {branch.reads for branch in step.branches}
             if residual.steps == len(self.steps) and reads == {residual.steps}:
-                self.steps.append([*branches])
+                self.steps.append(step)
                 return Residual(len(self.steps))
-            if residual.steps == len(self.steps) and reads == {residual.steps - 1}:
+            last = self.steps[-1] if self.steps else step
+            plain = step.scale is None and last.scale is None
+            if residual.steps == len(self.steps) and reads == {residual.steps - 1} and plain:
                 # Parallel branches, one after the other; the layer of this package sums them first.
-                self.steps[-1] += branches
+                self.steps[-1] = Sum((*last.branches, *step.branches))
                 self.exact = False
                 return residual
         if isinstance(left, Branch | Sum) and isinstance(right, Branch | Sum):
-            parts = [side.branches if isinstance(side, Sum) else (side,) for side in (left, right)]
-            return Sum((*parts[0], *parts[1]))
+            sums = [side if isinstance(side, Sum) else Sum((side,)) for side in (left, right)]
+            if all(part.scale is None for part in sums):
+                return Sum((*sums[0].branches, *sums[1].branches))
         return self.refuse(node, "is no sum of the residual and branches that read it")
 
     def called(self, node: ast.Call) -> Value:
