@@ -16,6 +16,13 @@ CHECKS = {
     "from_newest": "saved on the newest release, loaded here without the package",
     "to_newest": "saved here, loaded on the newest release without the package",
 }
+# Of models of several modalities, by the tests of tests/modeling/test_composite_models.py.
+COMPOSITE_CHECKS = {
+    "test_logits_with_an_image_and_the_way_back": "logits with an image or sound, bitwise at n = 3 and 4, and removal",
+    "test_generation_with_cache_and_left_padding": "cached generation with left padding",
+    "test_saved_and_loaded_with_streams_apart": "saved and loaded again with separate streams",
+    "test_gradients_under_checkpointing": "gradients with activation checkpointing",
+}
 
 
 @dataclass(frozen=True)
@@ -82,14 +89,21 @@ def ours(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The results of all releases in Markdown, and under it the reason of each cell that does not say yes."""
-    lines = [f"| transformers | variants | {' | '.join(CHECKS.values())} |", "|---" * (len(CHECKS) + 2) + "|"]
+def tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results of all releases in Markdown: of text models, and of models of several modalities."""
+    several = "Models of several modalities:"
+    return "\n".join([*_table(summaries, CHECKS), "", several, "", *_table(summaries, COMPOSITE_CHECKS)])
+
+
+def _table(summaries: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
+    """One table, and under it the reason of each cell that does not say yes."""
+    lines = [f"| transformers | variants | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
     notes: list[str] = []
     for release, checks in summaries.items():
-        cells = [_cell(release, check, checks.get(check), notes) for check in CHECKS]
-        lines.append(f"| {release} | {checks['logits']['variants']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *notes])
+        cells = [_cell(release, columns[check], checks.get(check), notes) for check in columns]
+        variants = next((checks[check]["variants"] for check in columns if check in checks), "")
+        lines.append(f"| {release} | {variants} | {' | '.join(cells)} |")
+    return [*lines, "", *notes]
 
 
 def _cell(release: str, check: str, summary: Mapping[str, Any] | None, notes: list[str]) -> str:
@@ -101,7 +115,7 @@ def _cell(release: str, check: str, summary: Mapping[str, Any] | None, notes: li
         whose, _, what = reason.partition(": ")
         blame = "the native model as well" if whose == "native" else "**ours alone**"
         what = what.replace("|", "\\|").replace("<", "&lt;")
-        notes.append(f"- {release}, {CHECKS[check]}: {', '.join(names)} ({blame}): {what}")
+        notes.append(f"- {release}, {check}: {', '.join(names)} ({blame}): {what}")
     return f"{summary['passed']} of {summary['variants']}"
 
 

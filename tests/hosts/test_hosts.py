@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hosts.outcomes import CHECKS, Outcome, compare, merged, ours, table, to_json
+from hosts.outcomes import CHECKS, COMPOSITE_CHECKS, Outcome, compare, merged, ours, tables, to_json
 from hosts.releases import FLOOR, ROOT, install, newest
 from hosts.run import BEGIN, END, across, process, run, shown
 
@@ -79,13 +79,15 @@ def test_a_failure_is_ours_where_the_native_model_passes():
 def test_the_table_gives_the_reason_for_every_cell_that_is_not_yes():
     passed = {check: {"llama": Outcome(), "dbrx": Outcome()} for check in CHECKS}
     old = merged([passed, {"generation": {"dbrx": Outcome("RuntimeError: a | b", native=True)}}])
-    newer = merged([passed, {"saving": {"llama": Outcome("loaded logits differ")}}])
+    several = {check: {"llava": Outcome()} for check in COMPOSITE_CHECKS}
+    newer = merged([passed, {"saving": {"llama": Outcome("loaded logits differ")}}, several])
     summaries = {"5.6.2": to_json(old), "5.24.0": to_json(newer)}
     assert ours(summaries) == ["5.24.0, saving, llama: loaded logits differ"]
-    lines = table(summaries).splitlines()
+    lines = tables(summaries).splitlines()
     assert lines[2] == f"| 5.6.2 | 2 | yes | 1 of 2 |{' yes |' * 5}"
     assert lines[3] == f"| 5.24.0 | 2 | yes | yes | yes | 1 of 2 |{' yes |' * 3}"
-    assert lines[5:] == [
+    assert lines[5:7] == [
         f"- 5.6.2, {CHECKS['generation']}: dbrx (the native model as well): RuntimeError: a \\| b",
         f"- 5.24.0, {CHECKS['saving']}: llama (**ours alone**): loaded logits differ",
     ]
+    assert lines[-2:] == ["| 5.6.2 |  |  |  |  |  |", "| 5.24.0 | 1 | yes | yes | yes | yes |"]
