@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser evidence conformance deepspeed clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance hosts deepspeed clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -51,6 +51,10 @@ evidence: $(READY)
 conformance: $(READY)
 	$(BIN)/python tests/conformance/run.py --write docs/conformance.md
 
+# Every family on every release of transformers that is tested, each installed into a folder of its own.
+hosts: $(READY)
+	$(BIN)/python tests/hosts/run.py --write docs/hosts.md
+
 # The tests under DeepSpeed, which makes every import of accelerate slower and wants a compiler.
 deepspeed: .venv-deepspeed/.ready
 	.venv-deepspeed/bin/python -m pytest tests/test_deepspeed.py
@@ -61,4 +65,4 @@ deepspeed: .venv-deepspeed/.ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-deepspeed demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-deepspeed .hosts demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

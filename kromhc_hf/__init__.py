@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .applying import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
+from .conversion.code_update import update_code
 from .conversion.convert import convert_checkpoint
 from .conversion.hub import push_checkpoint, push_folder
 from .conversion.hyper_connection_file import load_hyper_connections, push_hyper_connections, save_hyper_connections
@@ -15,6 +16,7 @@ from .inspection.inspection import inspect_checkpoints, inspect_model
 from .inspection.recording import BranchRecord, record_mappings
 from .inspection.report import write_report
 from .modeling.configuration_kromhc import KromHCConfig
+from .modeling.host import warn_if_untested
 from .modeling.hyper_connection import HyperConnection, Mappings
 from .modeling.layer_fit import composite_model_types, supported_model_types
 from .modeling.mixing import doubly_stochastic_error
@@ -94,10 +96,12 @@ __all__ = [
     "save_hyper_connections",
     "shard_hyper_connections",
     "supported_model_types",
+    "update_code",
     "verify_conversion",
     "write_report",
 ]
 
+warn_if_untested()
 register()
 register_with_peft()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .modeling.families import COMPOSITE, REFUSED, ROWS, SUPPORTED
+from .modeling.host import NEWEST, has_family, numbered
 from .modeling.layer_spec import Row, Step, Sublayer, layer_kinds
 
 
@@ -27,10 +28,14 @@ class FamilyRow(NamedTuple):
 
 
 def families_table() -> list[FamilyRow]:
-    """One row per model type: causal language models, models of several modalities, and those that are refused.
+    """One row per model type of the installed transformers: causal ones, those of several modalities, refused ones.
 
     Each part is in alphabetical order.
     """
+    return [row for row in _all_families() if has_family(row.model_type)]
+
+
+def _all_families() -> list[FamilyRow]:
     supported = [FamilyRow(name, True, describe(row), _exactness(row)) for name, row in sorted(SUPPORTED.items())]
     supported += [
         FamilyRow(name, True, describe(ROWS[text]), _exactness(ROWS[text]), text)
@@ -45,18 +50,16 @@ def _exactness(row: Row) -> str:
 
 def families_markdown() -> str:
     """The table in Markdown: supported model types by exactness or text model, refused ones by reason."""
-    rows = families_table()
+    rows = _all_families()
     text = [row for row in rows if row.supported and not row.text_model]
     composite = [row for row in rows if row.text_model]
     reordered = ", ".join(row.model_type for row in composite if row.exactness == REORDERED)
     refused = [row for row in rows if not row.supported]
-    lines = [f"{len(text)} model types of `AutoModelForCausalLM` are supported:", ""]
+    lines = [f"{len(text)} model types of `AutoModelForCausalLM` in transformers {numbered(NEWEST)} are supported:", ""]
     lines += ["| logits after conversion | model types |", "|---|---|", *_grouped(text, "exactness")]
-    lines += [
-        "",
-        f"So are {len(composite)} of `AutoModelForImageTextToText` and `AutoModelForMultimodalLM`, whose text",
-    ]
-    lines += [f"model gets the streams; logits are {EXACT}, or {REORDERED} ({reordered}):", ""]
+    auto = "`AutoModelForImageTextToText` and `AutoModelForMultimodalLM`"
+    lines += ["", f"So are {len(composite)} of {auto}, whose text model gets the"]
+    lines += [f"streams; logits are {EXACT}, or {REORDERED} ({reordered}):", ""]
     lines += ["| text model, by default | model types |", "|---|---|", *_grouped(composite, "text_model")]
     lines += ["", f"{len(refused)} are refused:", ""]
     lines += ["| reason | model types |", "|---|---|", *_grouped(refused, "description")]

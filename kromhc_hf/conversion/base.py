@@ -203,7 +203,8 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     if model_type.startswith(PREFIX):
         raise ValueError(
             f"source must be a checkpoint without hyper-connections; {folder} has been converted already "
-            f"(model_type {model_type!r}). Convert its base model instead."
+            f"(model_type {model_type!r}). Convert its base model instead; for newer "
+            f"code beside this one: kromhc_hf.update_code({str(folder)!r})."
         )
     return content
 

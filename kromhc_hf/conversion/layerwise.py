@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.decoder_layer import HyperConnectedLayer
+from ..modeling.host import load_tensors, returned_beside
 from ..modeling.stream_ends import expand, mean_of_streams
 from .stored_model import StoredModel, head_output
 from .stored_tensors import check_tensors, places_in_model, quantization_of
@@ -107,7 +107,9 @@ class LayerwiseModel:
                 vars(layer).pop("forward", None)
 
     def _pass_through(self, position: int) -> Any:
-        extras, is_last = self.specs[position].extras, position == len(self.layers) - 1
+        layer, is_last = self.layers[position], position == len(self.layers) - 1
+        layer_class: Any = getattr(layer, "layer_class", type(layer))
+        returned = returned_beside(layer_class)
         num_streams = self.layers[0].hc_options.num_streams if isinstance(self.layers[0], HyperConnectedLayer) else None
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -115,12 +117,12 @@ class LayerwiseModel:
                 hidden_states = expand(hidden_states, num_streams)
             if is_last and hidden_states.dim() == 4:
                 hidden_states = mean_of_streams(hidden_states)
-            return hidden_states if extras is None else (hidden_states, *(None for _ in extras))
+            return hidden_states if returned is None else (hidden_states, *(None for _ in returned))
 
         return forward
 
     def _load(self, names: list[str]) -> Any:
-        return convert_and_load_state_dict_in_model(self.model, self.source.read(names), self.loading)[0]
+        return load_tensors(self.model, self.source.read(names), self.loading)
 
     def _load_shared(self) -> None:
         """Everything outside the decoder layers, and the buffers that are in no checkpoint."""

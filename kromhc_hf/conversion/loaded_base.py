@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 from torch import Tensor
-from transformers.utils.hub import resolve_revision
 
 from ..modeling.configuration_kromhc import ORIGIN
+from ..modeling.host import commit_of
 from ..modeling.stream_module import StreamModule
 from ..training import gathered, sharded, unwrapped
 from .base import HUB_ID
@@ -118,11 +118,9 @@ def find_base(model: Any, base_model: str | None, base_revision: str | None) -> 
         _refuse_difference(_first_stored_difference(model, digests, Path(base_model)), base_model)
         return LoadedBase(os.path.abspath(base_model), None, digests)
     commits = _cached_commits(base_model)
+    commit = commit_of(base_model, base_revision) or base_revision
     if base_revision is not None:
-        commit = getattr(resolve_revision(base_model, base_revision), "resolved", base_revision)
         commits = {commit: commits[commit]} if commit in commits else {}
-    else:
-        commit = getattr(resolve_revision(base_model), "resolved", None)
     differences, digests = {}, BaseDigests.of(model)
     for found, folder in commits.items():
         if (folder / "config.json").is_file():

@@ -10,15 +10,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from ..modeling.host import load_tensors
 from .files import find_weights, read_json
 from .tensor_files import read_pickled
 
@@ -102,9 +98,7 @@ def check_tensors(
     stored, quantized = tensors.on_meta(), quantization_of(model.config) is not None
     conversions: Any = get_model_conversion_mapping(model)
     with quiet_loading():
-        info, _ = convert_and_load_state_dict_in_model(
-            model, stored, LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=conversions)
-        )
+        info = load_tensors(model, stored, LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=conversions))
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
     unexpected = stored.keys() & set(besides)

@@ -19,7 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .families import ROWS
 from .foreign_code import check_own_config
-from .host import config_class_name, config_class_of
+from .host import config_class_name, config_class_of, why_absent
 from .layer_fit import check_model_type, known_model_types
 from .options import OPTIONS, StreamOptions, documented
 from .remote_code import Shareable, take_code_along
@@ -269,7 +269,9 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
             self.take_over(backbone_config)
             for key, value in kwargs.items():
                 setattr(self, key, value)
-            self.validate()
+            # Not where nothing of the family's is new: some releases rewrite values here that their models go by.
+            if not kwargs.keys() <= FIELDS.keys():
+                self.validate()
         self.validate_hyper_connections()
 
     cls.__init__ = __init__
@@ -331,7 +333,8 @@ def _make_composite_class(model_type: str) -> type[KromHCConfig]:
             for key, value in kwargs.items():
                 setattr(self, key, value)
         setattr(self, self.text_key, KromHCConfig(backbone_config=self.get_text_config(), **fields))
-        self.validate()
+        if backbone_config is not None and kwargs:
+            self.validate()
         self.validate_hyper_connections()
 
     cls.__init__ = __init__
@@ -361,5 +364,5 @@ def __getattr__(name: str) -> Any:
     # Pickle looks a generated class up by name.
     found = config_class_named(name)
     if found is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + why_absent(name))
     return found

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .host import CACHE_NAMES, cache_name, forward_parameters, returned_beside
 from .hyper_connection import HyperConnection
 from .kernels import UnwrittenStreams
-from .layer_spec import LayerSpec, Step, Sublayer, attribute, forward_parameters
+from .layer_spec import LayerSpec, Step, Sublayer, attribute
 from .options import StreamOptions
 from .stream_ends import READOUTS, StreamExpansion, StreamReadout, expand
 from .stream_module import StreamModule
@@ -29,7 +30,7 @@ class Arguments(NamedTuple):
     """Which arguments of a layer reach one of its sublayers."""
 
     names: tuple[tuple[str, str], ...]  # of the layer, of the sublayer
-    layer_names: frozenset[str]  # what the layer's own forward names
+    layer_names: frozenset[str]  # what the layer's own forward names, its cache by any name
     others: bool  # whether the sublayer takes what the layer does not name
 
     def select(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +52,7 @@ class HyperConnectedLayer(nn.Module):
     spec: ClassVar[LayerSpec]
     positional_names: ClassVar[tuple[str, ...]]
     arguments: ClassVar[dict[str, Arguments]]
+    returned: ClassVar[tuple[int, ...] | None]  # see `returned_beside`
 
     hc_config: Any = None
     hc_options: Any  # StreamOptions, of the active adapter where there are adapters
@@ -82,9 +84,9 @@ class HyperConnectedLayer(nn.Module):
         ends = self.hc_is_last or self.hc_layer_index == self.hc_config.num_hidden_layers - 1
         if ends and not self.reads_out_after_norm():
             streams = self.read_out(streams)
-        if self.spec.extras is None:
+        if self.returned is None:
             return streams
-        return streams, *(attention_output[i] if i < len(attention_output) else None for i in self.spec.extras)
+        return streams, *(attention_output[i] if i < len(attention_output) else None for i in self.returned)
 
     def end(self, name: str) -> Any:
         """The learned module at one end of the streams, if there is one."""
@@ -183,15 +185,19 @@ class HyperConnectedLayer(nn.Module):
 def _arguments(layer: nn.Module, sublayer: Sublayer, name: str) -> Arguments:
     """Which arguments reach the module at `name`, as the layer's own forward would pass them."""
     layer_names, _ = forward_parameters(layer)
+    if cache_name(layer_names) is not None:
+        # Whoever calls may go by the name that the cache has in another release; the layer's own comes last and wins.
+        layer_names = (layer_names[0], *(set(CACHE_NAMES) - {*layer_names}), *layer_names[1:])
+    known = frozenset(layer_names)
     if isinstance(attribute(layer, name), int | float):
-        return Arguments((), frozenset(layer_names), False)
+        return Arguments((), known, False)
     named, others = forward_parameters(attribute(layer, name))
     renames = dict(sublayer.renames)
+    if (cache := cache_name(named)) is not None:
+        renames |= {n: cache for n in CACHE_NAMES if n in layer_names}
     names = [(n, renames.get(n, n)) for n in layer_names[1:] if n in renames or n not in renames.values()]
     everything = others and not sublayer.recurrent
-    return Arguments(
-        tuple(pair for pair in names if everything or pair[1] in named[1:]), frozenset(layer_names), others
-    )
+    return Arguments(tuple(pair for pair in names if everything or pair[1] in named[1:]), known, others)
 
 
 LayerArguments = tuple[tuple[str, Arguments], ...]
@@ -215,6 +221,7 @@ def layer_namespace(layer_class: Any, spec: LayerSpec, arguments: LayerArguments
         "spec": spec,
         "positional_names": forward_parameters(layer_class)[0][1:],  # after hidden_states
         "arguments": dict(arguments),
+        "returned": returned_beside(layer_class),
     }
 
 

@@ -7,6 +7,7 @@ that of the text model inside, and those text models that are nothing else are i
 others because it is one table, in which every row has its neighbours beside it.
 """
 
+from collections import ChainMap
 from dataclasses import replace
 from typing import Any
 
@@ -70,10 +71,9 @@ MODERNBERT = sequential(Sublayer("attn", "attn_norm"), Sublayer("mlp", "mlp_norm
 JETMOE = sequential(Sublayer("self_attention", "input_layernorm"), FEED_FORWARD)
 LLAMA4 = sequential(ATTENTION, Sublayer("feed_forward", "post_attention_layernorm"))
 
-XLSTM = sequential(Sublayer("mlstm_layer", "norm_mlstm"), Sublayer("ffn", "norm_ffn"), layers="blocks", extras=(1,))
+XLSTM = sequential(Sublayer("mlstm_layer", "norm_mlstm"), Sublayer("ffn", "norm_ffn"), layers="blocks")
 
 GPT2 = sequential(Sublayer("attn", "ln_1"), Sublayer("mlp", "ln_2"), layers="h")
-GPT_NEO = replace(GPT2, extras=(1,))
 CTRL = sequential(
     Sublayer("multi_head_attention", "layernorm1", post=("dropout1",), repeat=3),
     Sublayer("ffn", "layernorm2", post=("dropout2",)),
@@ -92,13 +92,11 @@ BLOOM = sequential(
     Sublayer("self_attention", "input_layernorm", zero="residual"),
     Sublayer("mlp", "post_attention_layernorm", zero="residual"),
     layers="h",
-    extras=(1,),
 )
 MPT = sequential(
-    Sublayer("attn", "norm_1", post=("resid_attn_dropout",), renames=(("layer_past", "past_key_values"),)),
+    Sublayer("attn", "norm_1", post=("resid_attn_dropout",)),
     Sublayer("ffn", "norm_2", zero="residual"),
     layers="blocks",
-    extras=(1,),
 )
 DBRX = sequential(
     Sublayer("norm_attn_norm.attn", "norm_attn_norm.norm_1", post=("norm_attn_norm.resid_pdrop",)),
@@ -108,14 +106,13 @@ DBRX = sequential(
 NEOX_JAPANESE = sequential(
     Sublayer("attention", "input_layernorm", post=("hidden_dropout",), bias=2),
     Sublayer("mlp", "post_attention_layernorm", post=("hidden_dropout",)),
-    extras=(1,),
 )
 
 NEOX_ATTENTION = Sublayer("attention", "input_layernorm", post=("post_attention_dropout",))
 NEOX_FEED_FORWARD = Sublayer("mlp", "post_attention_layernorm", post=("post_mlp_dropout",))
 NEOX = sequential(NEOX_ATTENTION, NEOX_FEED_FORWARD)
 NEOX_PARALLEL = block(NEOX_ATTENTION, NEOX_FEED_FORWARD)
-GPTJ = block(Sublayer("attn", "ln_1"), Sublayer("mlp", "ln_1"), layers="h", extras=(1,))
+GPTJ = block(Sublayer("attn", "ln_1"), Sublayer("mlp", "ln_1"), layers="h")
 PHI = block(
     Sublayer("self_attn", "input_layernorm", post=("resid_dropout",)),
     Sublayer("mlp", "input_layernorm", post=("resid_dropout",)),
@@ -124,15 +121,14 @@ COHERE = block(ATTENTION, Sublayer("mlp", "input_layernorm"), exact=False)
 STABLELM = PERSIMMON
 STABLELM_PARALLEL = block(ATTENTION, Sublayer("mlp", "input_layernorm", post=("dropout",)), exact=False)
 FALCON_ATTENTION = Sublayer("self_attention", "input_layernorm")
-FALCON_BLOCK: dict[str, Any] = {"layers": "h", "extras": (1,)}
 FALCON_SEQUENTIAL = sequential(
     replace(FALCON_ATTENTION, post=("config.attention_dropout",)),
     Sublayer("mlp", "post_attention_layernorm", post=("hidden_dropout",)),
-    **FALCON_BLOCK,
+    layers="h",
 )
-FALCON_ONE_NORM = block(FALCON_ATTENTION, Sublayer("mlp", "input_layernorm"), post=("hidden_dropout",), **FALCON_BLOCK)
+FALCON_ONE_NORM = block(FALCON_ATTENTION, Sublayer("mlp", "input_layernorm"), post=("hidden_dropout",), layers="h")
 FALCON_TWO_NORMS = block(
-    Sublayer("self_attention", "ln_attn"), Sublayer("mlp", "ln_mlp"), post=("hidden_dropout",), **FALCON_BLOCK
+    Sublayer("self_attention", "ln_attn"), Sublayer("mlp", "ln_mlp"), post=("hidden_dropout",), layers="h"
 )
 
 LINEAR_OR_ATTENTION = (sequential(recurrent("linear_attn", "input_layernorm"), FEED_FORWARD), LLAMA)
@@ -140,7 +136,6 @@ RECURRENT_OR_ATTENTION = (sequential(recurrent("self_attn", "input_layernorm"), 
 OLMO_HYBRID = (LINEAR_OR_ATTENTION[0], POST_NORM)
 JAMBA_FEED_FORWARD = Sublayer("feed_forward", "pre_ff_layernorm")
 JAMBA = (sequential(MAMBA, JAMBA_FEED_FORWARD), sequential(ATTENTION, JAMBA_FEED_FORWARD))
-BAMBA = tuple(replace(spec, extras=(1,)) for spec in JAMBA)
 SHORT_CONVOLUTION = Sublayer("conv", "operator_norm", recurrent=True)
 LFM2_ATTENTION = Sublayer("self_attn", "operator_norm")
 LFM2_FEED_FORWARD = Sublayer("feed_forward", "ffn_norm")
@@ -157,27 +152,33 @@ FALCON_H1 = LayerSpec(
                 replace(
                     MAMBA,
                     scale="ssm_out_multiplier",
-                    renames=(*MAMBA.renames, ("mamba_attention_mask", "attention_mask")),
+                    renames=(("mamba_attention_mask", "attention_mask"),),
                 ),
                 replace(ATTENTION, attention=True, input_scale="attention_in_multiplier", scale="attn_out_multiplier"),
             ),
         ),
         Step("ffn_hc", (JAMBA_FEED_FORWARD,)),
     ),
-    extras=(),
 )
+NEMOTRON_FEED_FORWARD = Sublayer("mixer", "norm", cast=True)
 NEMOTRON_H = (
     block(recurrent("mixer", "norm", cast=True)),
-    block(Sublayer("mixer", "norm", cast=True)),
+    block(NEMOTRON_FEED_FORWARD),
+    LayerSpec((Step("block_hc", (NEMOTRON_FEED_FORWARD,)),)),
 )
-PURE_MAMBA = block(recurrent("mixer", "norm", cache="cache_params", cast=True), wide="residual_in_fp32")
-RECURRENT_GEMMA = sequential(Sublayer("temporal_block", "temporal_pre_norm"), Sublayer("mlp_block", "channel_pre_norm"))
+PURE_MAMBA = block(recurrent("mixer", "norm", cast=True), wide="residual_in_fp32")
+RECURRENT_GEMMA = tuple(
+    sequential(
+        Sublayer("temporal_block", "temporal_pre_norm", own_state=own_state),
+        Sublayer("mlp_block", "channel_pre_norm"),
+    )
+    for own_state in (False, True)
+)
 ERNIE_VL = sequential(ATTENTION, replace(FEED_FORWARD, attention=True))
 INKLING = sequential(
     Sublayer(("self_attn", "attn_sconv"), "input_layernorm"),
     Sublayer(("mlp", "mlp_sconv"), "post_attention_layernorm", attention=True),
 )
-SPARSE_INDEXER = replace(LLAMA, extras=(2,))
 NORM_AFTER = sequential(
     Sublayer("self_attn", post=("input_layernorm",)), Sublayer("mlp", post=("post_attention_layernorm",))
 )
@@ -257,13 +258,15 @@ SUPPORTED: dict[str, Row] = {
     **rows("internlm3 iquestcoder", LLAMA),
     **rows("mixtral qwen2_moe qwen3_moe olmoe phimoe gpt_oss deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe", LLAMA),
     **rows("aria_text axk1 axk2 dots1 dots3_note_text ernie4_5_moe exaone_moe flint glm4_moe_lite", LLAMA),
-    **rows("hunyuan_v1_moe hy_v3 laguna mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text solar_open", LLAMA),
+    **rows(
+        "hunyuan_v1_moe hy_v3 laguna mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text solar_open glm_moe_dsa", LLAMA
+    ),
+    **rows("exaone sarvam_mla sarvam_moe", LLAMA),
     **rows("gemma2 gemma3_text", SANDWICH),
     "gemma4_text": ByConfig(gemma4, (GEMMA4, GEMMA4_PER_LAYER_INPUT)),
     "gemma4_unified_text": GEMMA4,
     "vaultgemma": VAULTGEMMA,
     **rows("glm4 kolibri1", GLM4),
-    "glm_moe_dsa": SPARSE_INDEXER,
     "afmoe": AFMOE,
     **rows("olmo2 olmo3 exaone4 flex_olmo", POST_NORM),
     **rows("granite granite_swa", GRANITE),
@@ -274,13 +277,12 @@ SUPPORTED: dict[str, Row] = {
     "hyperclovax": HYPERCLOVAX,
     **rows("phi3 phi4_multimodal", PHI3),
     "persimmon": PERSIMMON,
-    "apertus": APERTUS,
+    **rows("apertus apertus1p5_text", APERTUS),
     "modernbert-decoder": MODERNBERT,
     "xlstm": XLSTM,
     "jetmoe": JETMOE,
     "llama4_text": LLAMA4,
-    **rows("gpt2 gpt_bigcode", GPT2),
-    "gpt_neo": GPT_NEO,
+    **rows("gpt2 gpt_bigcode gpt_neo", GPT2),
     "ctrl": CTRL,
     "opt": ByConfig(opt, (OPT,)),
     **rows("biogpt xglm", BIOGPT),
@@ -294,11 +296,10 @@ SUPPORTED: dict[str, Row] = {
     **rows("cohere cohere2 cohere2_moe cohere_compass_text", COHERE),
     "stablelm": ByConfig(stablelm, (STABLELM, STABLELM_PARALLEL)),
     "falcon": ByConfig(falcon, (FALCON_SEQUENTIAL, FALCON_ONE_NORM, FALCON_TWO_NORMS)),
-    **rows("qwen3_next qwen3_5_text qwen3_5_moe_text", LINEAR_OR_ATTENTION),
+    **rows("qwen3_next qwen3_5_text qwen3_5_moe_text lara_mini", LINEAR_OR_ATTENTION),
     **rows("kimi_linear bailing_hybrid", RECURRENT_OR_ATTENTION),
     "olmo_hybrid": OLMO_HYBRID,
-    "jamba": JAMBA,
-    "bamba": BAMBA,
+    **rows("jamba bamba", JAMBA),
     "falcon_h1": FALCON_H1,
     "nemotron_h": NEMOTRON_H,
     **rows("lfm2 lfm2_moe", LFM2),
@@ -311,7 +312,7 @@ SUPPORTED: dict[str, Row] = {
 
 # Text models that AutoModelForCausalLM does not know by themselves.
 INSIDE: dict[str, Row] = {
-    **rows("cosmos3_edge_text deepseek_ocr2_text glm4v_moe_text hunyuan_vl_text paddleocr_vl_text", LLAMA),
+    **rows("cosmos3_edge_text deepseek_ocr2_text glm4v_moe_text hunyuan_vl_text mistral_large4_text", LLAMA),
     **rows(
         "qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text qwen3_vl_text qwen3_vl_moe_text qwen3_omni_moe_text", LLAMA
     ),
@@ -320,12 +321,11 @@ INSIDE: dict[str, Row] = {
     "ernie4_5_vl_moe_text": ERNIE_VL,
     **rows("glm4v_text glm_ocr_text", GLM4),
     "granite_docling_text": GRANITE,
-    "mistral_large4_text": SPARSE_INDEXER,
     "molmo2_text": ByConfig(molmo2, (LLAMA, NORM_AFTER)),
     "muse_glimmer_text": SANDWICH,
 }
 # The row of every type of text model.
-ROWS: dict[str, Row] = {**SUPPORTED, **INSIDE}
+ROWS = ChainMap(SUPPORTED, INSIDE)
 
 
 def around(text_model: str, names: str) -> dict[str, str]:
@@ -409,6 +409,8 @@ REFUSED: dict[str, str] = {
     "granite4_vision": "its text model adds image features to the hidden states in the middle of its forward",
     **reasons("gemma4_assistant gemma4_unified_assistant", DRAFT_MODEL),
     "blt": "several transformers over bytes and patches, with states of different sizes",
+    "dory": "the residual is the normed input, interpolated towards the update, and not a sum",
+    "inkling2_loop_text": "the same stack of layers runs several times over one residual",
     "hrm_text": "two stacks of layers that run several times each, in a recurrence",
     **reasons("inkling2 inkling2_text", "its layers read the states of earlier blocks beside the residual"),
     "longcat_flash": "its expert branch starts in one residual step and is added in another",

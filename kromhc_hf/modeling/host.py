@@ -1,15 +1,181 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""What the files that travel lean on inside transformers, where it is private or differs between releases."""
+"""What the files that travel lean on inside transformers, where it is private or differs between releases.
 
+What a release does is detected: by what it has, and by how the forwards of its layers are written.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+import transformers
+
+
+# The oldest release that has what is used here, and the newest one that the tests have seen; docs/hosts.md.
+OLDEST, NEWEST = (5, 6), (5, 24)
+
+
+def release() -> tuple[int, int]:
+    """The installed release of transformers, without the part that counts corrections."""
+    major, minor = transformers.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def numbered(number: tuple[int, int]) -> str:
+    """(5, 6) -> "5.6"."""
+    return ".".join(map(str, number))
+
+
+if release() < OLDEST:
+    # Said here, in front of what older releases lack.
+    raise ImportError(
+        f"hyper-connections need transformers {numbered(OLDEST)} or newer; got {transformers.__version__}. "
+        f'Install it: pip install "transformers>={numbered(OLDEST)}".'
+    )
+
+from transformers.conversion_mapping import (  # noqa: E402
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # noqa: E402
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, hub  # noqa: E402
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # noqa: E402
+
+
+# What releases and families call the argument by which a layer, or a module in it, is given the cache.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
+
+
+def why_absent(name: str) -> str:
+    """What to add to an AttributeError where code that was saved with a model asks for a class of its family."""
+    if not name.startswith("KromHC"):
+        return ""
+    return (
+        f": transformers {transformers.__version__} does not have its family. Install the release that "
+        "transformers_version in the config.json of the model names, or a newer one"
+    )
+
+
+def has_family(model_type: str) -> bool:
+    """Whether the installed release has a model type."""
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def warn_if_untested() -> None:
+    """Says once that the installed release is newer than the tests have seen; what it does otherwise is refused."""
+    if release() > NEWEST:
+        warnings.warn(
+            f"kromhc-hf is tested with transformers {numbered(OLDEST)} to {numbered(NEWEST)}; got "
+            f"{transformers.__version__}. Every layer is checked before it is changed, and what is not understood is "
+            "refused.",
+            stacklevel=3,
+        )
+
+
+def commit_of(repository: str, revision: str | None = None) -> str | None:
+    """The commit of a Hub repository that a revision stands for now, None if that cannot be found out."""
+    resolve: Any = getattr(hub, "resolve_revision", None)
+    if resolve is not None:
+        return getattr(resolve(repository, revision), "resolved", None)
+    # Up to 5.17 the folder says it in which a file of that revision is cached.
+    with suppress(OSError):
+        return hub.extract_commit_hash(hub.cached_file(repository, "config.json", revision=revision), None)
+    return None
+
+
+def load_tensors(model: Any, tensors: dict[str, Any], loading: Any) -> Any:
+    """Puts the tensors of a checkpoint into a model by a LoadStateDictConfig; returns what was missing and the like."""
+    # Earlier releases want the plan of tensor parallelism as well.
+    takes = inspect.signature(convert_and_load_state_dict_in_model).parameters
+    plan: dict[str, Any] = {"tp_plan": None} if "tp_plan" in takes else {}
+    return convert_and_load_state_dict_in_model(model, tensors, loading, **plan)[0]
+
+
+def written(function: Any) -> Any:
+    """A forward as it stands in its file, without decorators, also those that do not say what they wrap."""
+    function = inspect.unwrap(function)
+    inside = (cell.cell_contents for cell in getattr(function, "__closure__", None) or ())
+    found = next((f for f in inside if inspect.isfunction(f) and f.__name__ == "forward"), None)
+    return function if found is None else written(found)
+
+
+def forward_parameters(module: Any) -> tuple[tuple[str, ...], bool]:
+    """The names that the forward of a module or its class takes after `self`, and whether it takes any others."""
+    forward: Any = getattr(module if isinstance(module, type) else type(module), "forward", None)
+    parameters = list(inspect.signature(written(forward)).parameters.values())[1:]
+    named = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def cache_name(names: tuple[str, ...]) -> str | None:
+    """Which of a forward's parameters is the cache, None if none is."""
+    return next((name for name in names if name in CACHE_NAMES), None)
+
+
+@functools.cache
+def returned_beside(layer_class: Any) -> tuple[int, ...] | None:
+    """What the forward of a decoder layer returns beside the hidden states, read from its source.
+
+    Returns:
+        None where it returns a tensor; where it returns a tuple, the positions, in the output of the layer's attention,
+        of what follows the hidden states.
+
+    Raises:
+        ValueError: if it returns something else, or its source is not there.
+    """
+    try:
+        source = inspect.getsource(written(layer_class.forward))
+    except OSError:
+        raise ValueError(
+            f"the source of {layer_class.__name__}.forward must be installed, where what it returns is read; got none. "
+            "Install transformers from its wheel."
+        ) from None
+    positions: dict[str, int] = {}  # of variables in the tuple that they were taken out of
+    tuples: dict[str, list[ast.expr]] = {}
+    found: dict[tuple[int, ...] | None, str] = {}
+
+    def elements(value: ast.expr | None) -> list[ast.expr] | None:
+        """Those of a tuple, None for a tensor."""
+        if isinstance(value, ast.Tuple):
+            return value.elts
+        if isinstance(value, ast.BinOp) and (first := elements(value.left)) is not None:
+            return [*first, *(elements(value.right) or [value.right])]
+        return tuples.get(value.id) if isinstance(value, ast.Name) else None
+
+    def position(value: ast.expr) -> Any:
+        if isinstance(value, ast.Subscript):  # `outputs[1:]`, of which there is one
+            index: Any = value.slice.lower if isinstance(value.slice, ast.Slice) else value.slice
+            return index.value if isinstance(index, ast.Constant) else None
+        return positions.get(value.id) if isinstance(value, ast.Name) else None
+
+    for node in sorted(ast.walk(ast.parse(textwrap.dedent(source))), key=lambda node: getattr(node, "lineno", 0)):
+        if isinstance(node, ast.Assign):
+            target = node.targets[0]
+            if isinstance(target, ast.Tuple):
+                positions |= {name.id: i for i, name in enumerate(target.elts) if isinstance(name, ast.Name)}
+            elif isinstance(target, ast.Name) and (parts := elements(node.value)) is not None:
+                tuples[target.id] = parts
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) and node.target.id in tuples:
+            tuples[node.target.id] = [*tuples[node.target.id], *(elements(node.value) or [node.value])]
+        elif isinstance(node, ast.Return):
+            parts = elements(node.value)
+            rest = None if parts is None else tuple(position(part) for part in parts[1:])
+            known = isinstance(node.value, ast.Name | ast.BinOp | ast.Tuple) and None not in (rest or ())
+            found[rest if known else (-1,)] = ast.unparse(node)
+    if len(found) != 1 or (-1,) in found:
+        raise ValueError(
+            f"{layer_class.__name__}.forward must return its hidden states, alone or in front of what its attention "
+            f"returned; got {'; '.join(found.values()) or 'no return'!r}. Use a release of transformers between "
+            f"{numbered(OLDEST)} and {numbered(NEWEST)}."
+        )
+    return next(iter(found))
 
 
 def config_class_of(model_type: str) -> Any:
@@ -64,7 +230,8 @@ def record_outputs_of(model: Any) -> None:
 
     The registry is keyed by class: after a change of class recorded outputs would vanish in silence.
     """
-    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+    # By its text, which is what the plain dict up to 5.22 takes and the one that takes models makes of them.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
 
 
 def keep_last_weights(folder: Path) -> None:

@@ -3,25 +3,33 @@
 
 from typing import Any
 
+import transformers
 from torch import nn
 
 from .families import COMPOSITE, REFUSED, ROWS, SUPPORTED
-from .layer_spec import ByConfig, LayerSpec, attribute, forward_parameters
+from .host import CACHE_NAMES, cache_name, forward_parameters, has_family, returned_beside
+from .layer_spec import ByConfig, LayerSpec, attribute
 
 
 def supported_model_types() -> tuple[str, ...]:
-    """The model types of `AutoModelForCausalLM` that can be given hyper-connections, in alphabetical order."""
-    return tuple(sorted(SUPPORTED))
+    """The model types of `AutoModelForCausalLM` in the installed transformers that can be given hyper-connections.
+
+    In alphabetical order.
+    """
+    return tuple(sorted(filter(has_family, SUPPORTED)))
 
 
 def composite_model_types() -> tuple[str, ...]:
-    """The model types of several modalities that can be given hyper-connections, in alphabetical order."""
-    return tuple(sorted(COMPOSITE))
+    """The model types of several modalities in the installed transformers that can be given hyper-connections.
+
+    In alphabetical order.
+    """
+    return tuple(sorted(filter(has_family, COMPOSITE)))
 
 
 def known_model_types() -> tuple[str, ...]:
     """Every model type that has a configuration with hyper-connections: also text models that are parts of others."""
-    return tuple(sorted({*ROWS, *COMPOSITE}))
+    return tuple(sorted(filter(has_family, {*ROWS, *COMPOSITE})))
 
 
 def check_model_type(model_type: str) -> None:
@@ -36,10 +44,15 @@ def check_model_type(model_type: str) -> None:
             "Use a supported family; `kromhc families` lists them."
         )
     if model_type not in ROWS and model_type not in COMPOSITE:
-        supported = ", ".join(sorted({*SUPPORTED, *COMPOSITE}))
+        supported = ", ".join(sorted({*supported_model_types(), *composite_model_types()}))
         raise ValueError(
             f"model_type must be one of the supported families ({supported}); "
             f"got {model_type!r}. Add a row for it to kromhc_hf/modeling/families.py, or use a supported model."
+        )
+    if not has_family(model_type):
+        raise ValueError(
+            f"model_type {model_type!r} needs a transformers that has it; got {transformers.__version__}, which does "
+            "not. Install a newer one, for a saved model the transformers_version that its config.json names."
         )
 
 
@@ -82,10 +95,12 @@ def fit_layer(layer: nn.Module, specs: tuple[LayerSpec, ...], position: int) -> 
             "where forward may differ from the one that the table of families describes. Load the native class."
         )
     check_own_forward(layer, position)
+    layer_class: Any = type(layer)
     problems = []
     for spec in specs:
         problem = _misfit(layer, spec)
         if problem is None:
+            returned_beside(layer_class)
             return spec
         problems.append(problem)
     raise ValueError(f"{label} {'; or else it '.join(problems)}.")
@@ -117,8 +132,13 @@ def _misfit(layer: nn.Module, spec: LayerSpec) -> str | None:
         for _, name in sublayer.renames:
             if name not in forward_parameters(attribute(layer, sublayer.modules[0]))[0]:
                 return f"must have a module {sublayer.modules[0]!r} whose forward takes {name!r}"
+        # What every attention of transformers says of itself.
+        if sublayer.recurrent and hasattr(attribute(layer, sublayer.modules[0]), "is_causal"):
+            return f"must have a module {sublayer.modules[0]!r} that is no attention"
         if sublayer.times is not None and sublayer.times not in forward_parameters(layer)[0]:
             return f"must have a forward that takes {sublayer.times!r}"
+    if (problem := _misled_cache(layer, spec)) is not None:
+        return problem
     for name in _post(spec):
         if not callable(attribute(layer, name)) and not _is_number(attribute(layer, name)):
             return f"must have a module or a dropout probability {name!r}; got {attribute(layer, name)!r}"
@@ -130,6 +150,27 @@ def _misfit(layer: nn.Module, spec: LayerSpec) -> str | None:
         if name not in known:
             return f"must have no weights beyond those that its row in modeling/families.py names; got {name!r}"
     return None
+
+
+def _misled_cache(layer: nn.Module, spec: LayerSpec) -> str | None:
+    """What keeps the cache that a layer takes from its sublayers, which would then generate other tokens in silence."""
+    if cache_name(forward_parameters(layer)[0]) is None:
+        return None
+    takers = [sublayer for sublayer in spec.sublayers if sublayer.attention]
+    names = [name for sublayer in takers or spec.sublayers for name in sublayer.modules]
+    parameters = {
+        name: forward_parameters(attribute(layer, name)) for name in names if not _is_number(attribute(layer, name))
+    }
+    if not takers:
+        open_ = [name for name, (named, others) in parameters.items() if others or len(named) > 1]
+        return f"must have a module {open_[0]!r} that takes hidden states alone" if open_ else None
+    reached = any(cache_name(named) is not None for named, _ in parameters.values())
+    if any(sublayer.own_state for sublayer in takers):
+        return (
+            f"must have a module {names[0]!r} that keeps its state itself; this one takes a cache" if reached else None
+        )
+    expected = f"must have a module {' or '.join(map(repr, names))} that takes its cache, as {', '.join(CACHE_NAMES)}"
+    return None if reached else expected
 
 
 def _is_number(value: Any) -> bool:

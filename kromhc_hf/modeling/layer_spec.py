@@ -1,7 +1,6 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """The words in which decoder layers are described: sublayers, residual steps, layers; names, no mathematics."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,9 @@ class Sublayer:
         times: argument of the layer that the output of the module is multiplied with, before `post`.
         attention: whether the modules take the arguments of the layer, such as mask and cache.
         recurrent: whether the modules, of those arguments, take only what their forward names.
-        renames: pairs of an argument of the layer and the name under which the modules take it.
+        own_state: whether the modules keep their state themselves, and so are given no cache.
+        renames: pairs of an argument of the layer and the name under which the modules take it; not for the cache,
+            which is known by any name.
         repeat: how many times the input is passed, for attention with query, key and value of its own.
         cast: whether the input is cast to the dtype of `pre` first.
         zero: name of a `residual` argument that the sublayer would add inside; it is given a zero.
@@ -38,6 +39,7 @@ class Sublayer:
     times: str | None = None
     attention: bool = False
     recurrent: bool = False
+    own_state: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     repeat: int = 1
     cast: bool = False
@@ -72,8 +74,6 @@ class LayerSpec:
 
     Args:
         steps: the residual steps in order.
-        extras: None where the layer returns a tensor; where it returns a tuple, the positions in the output of the
-            attention of what follows the hidden states.
         layers: path from the base model to the list of layers.
         gain: attribute with a factor on the whole residual at the end of the layer.
         wide: attribute that tells whether the residual is kept in fp32.
@@ -82,7 +82,6 @@ class LayerSpec:
     """
 
     steps: tuple[Step, ...]
-    extras: tuple[int, ...] | None = None
     layers: str = "layers"
     gain: str | None = None
     wide: str | None = None
@@ -135,10 +134,9 @@ def block(*sublayers: Sublayer, post: tuple[str, ...] = (), **options: Any) -> L
     return LayerSpec((Step("block_hc", (first, *sublayers[1:]), post=post),), **options)
 
 
-def recurrent(module: str, pre: str | None = None, cache: str = "past_key_values", **options: Any) -> Sublayer:
-    """A linear-attention, mamba or convolution sublayer; `cache` is the layer's name for the state it keeps."""
-    renames = ((cache, "cache_params"), *options.pop("renames", ()))
-    return Sublayer(module, pre, attention=True, recurrent=True, renames=renames, **options)
+def recurrent(module: str, pre: str | None = None, **options: Any) -> Sublayer:
+    """A linear-attention, mamba or convolution sublayer."""
+    return Sublayer(module, pre, attention=True, recurrent=True, **options)
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -146,11 +144,3 @@ def attribute(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module
-
-
-def forward_parameters(module: Any) -> tuple[tuple[str, ...], bool]:
-    """The names that the forward of a module or its class takes after `self`, and whether it takes any others."""
-    forward: Any = getattr(module if isinstance(module, type) else type(module), "forward", None)
-    parameters = list(inspect.signature(inspect.unwrap(forward)).parameters.values())[1:]
-    named = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -1,7 +1,7 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """KromHCForCausalLM and its siblings: a family's own model classes, with hyper-connections in their decoder layers.
 
-The file is longer than others because the classes for the tasks and those that are generated from them make each other.
+It is longer than other files because it names all of them: some releases of transformers bring no others along.
 
 The way from config.json to a running model:
 1. `"model_type": "kromhc_llama"` leads AutoConfig to `KromHCLlamaConfig`, a LlamaConfig with the options beside its own
@@ -21,7 +21,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,9 +37,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .arrangement import check_complete
-from .configuration_kromhc import KromHCConfig, config_class, config_class_named
-from .connection_plan import check_layers, find_decoder
+# In front of the others, since it says which releases of transformers will do.
 from .host import (
     class_for_task,
     class_names_for_task,
@@ -48,13 +46,43 @@ from .host import (
     known_to,
     mirror_weight_conversion,
     record_outputs_of,
+    why_absent,
 )
+
+
+# isort: split
+from .arrangement import check_complete
+from .configuration_kromhc import KromHCConfig, config_class, config_class_named
+from .connection_plan import check_layers, find_decoder
 from .installation import connect_owners, install
 from .layer_fit import known_model_types
 from .layer_loop import methods_for_streams
 from .model_forward import with_readout
 from .remote_code import Shareable, class_name
 from .stream_module import StreamModule
+
+
+# What the files above import. Early releases (5.6) take along, from a folder, what this one names and nothing else.
+if TYPE_CHECKING:
+    from .composite import replace_config  # noqa: F401
+    from .decoder_layer import END_NAMES  # noqa: F401
+    from .families import ATTENTION  # noqa: F401
+    from .foreign_code import CODE_FIELDS  # noqa: F401
+    from .hyper_connection import Mappings  # noqa: F401
+    from .kernels import KERNELS  # noqa: F401
+    from .kernels_compiled import Project  # noqa: F401
+    from .kernels_eager import FEW_TOKENS  # noqa: F401
+    from .kernels_eager_passes import SPAN_ELEMENTS  # noqa: F401
+    from .kernels_triton import DEPTH  # noqa: F401
+    from .kernels_triton_fused import LARGEST_STREAMS  # noqa: F401
+    from .kernels_triton_gradients import BLOCK  # noqa: F401
+    from .kernels_triton_language import AVAILABLE  # noqa: F401
+    from .layer_spec import Sublayer  # noqa: F401
+    from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
+    from .model_card import MARK  # noqa: F401
+    from .options import INITS  # noqa: F401
+    from .stream_ends import expand  # noqa: F401
+    from .variants import LARGEST_FACTOR  # noqa: F401
 
 
 class HyperConnectedModel(Shareable):
@@ -318,4 +346,4 @@ def __getattr__(name: str) -> Any:
                 backbone = face.backbone_for(config_type)
                 if backbone is not None and class_name(backbone, config_type.backbone_config_class) == name:
                     return model_class(backbone, config_type)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + why_absent(name))

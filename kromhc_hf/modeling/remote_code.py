@@ -85,20 +85,23 @@ def write_code(folder: Path) -> bool:
     Returns:
         Whether they are in the folder now; if not, a warning says what is in the way.
     """
-    files = code_files()
-    unmarked = FIRST_VERSION_FILES if _written_by_first_version(folder) else frozenset()
-    foreign = [file.name for file in files if not _may_be_replaced(folder / file.name, unmarked)]
-    if foreign:
+    if foreign := files_in_the_way(folder):
         warnings.warn(
-            f"{folder} has files of somebody else by the names of code files ({', '.join(sorted(foreign))}). They are "
+            f"{folder} has files of somebody else by the names of code files ({', '.join(foreign)}). They are "
             "kept and the code files are left out, so the model in this folder loads where kromhc-hf is installed and "
             "nowhere else. Save it to a folder of its own to have it load everywhere.",
             stacklevel=4,
         )
         return False
-    for file in files:
+    for file in code_files():
         shutil.copyfile(file, folder / file.name)
     return True
+
+
+def files_in_the_way(folder: Path) -> list[str]:
+    """The names of code files by which a folder has something that is not the package's own, in alphabetical order."""
+    unmarked = FIRST_VERSION_FILES if _written_by_first_version(folder) else frozenset()
+    return sorted(file.name for file in code_files() if not _may_be_replaced(folder / file.name, unmarked))
 
 
 def take_code_along(config: Any, folder: Path) -> None:
@@ -114,7 +117,12 @@ def _may_be_replaced(path: Path, unmarked: frozenset[str]) -> bool:
         return True
     if not path.is_file():
         return False
-    return path.name in unmarked or path.read_text(encoding="utf-8", errors="replace").startswith(MARKER)
+    return path.name in unmarked or is_own_code(path)
+
+
+def is_own_code(path: Path) -> bool:
+    """Whether a file bears the marker of those that travel."""
+    return path.read_text(encoding="utf-8", errors="replace").startswith(MARKER)
 
 
 def _written_by_first_version(folder: Path) -> bool:

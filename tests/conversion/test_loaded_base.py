@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import constants
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.tiny import configurations, make_model, token_ids
@@ -100,7 +100,7 @@ def resize(model):
 
 
 def add_adapter(model):
-    model.add_adapter(LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["v_proj"]), model)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from support.remote import visit_without_kromhc
 from support.tiny import configurations, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.dynamic_module_utils import get_relative_imports
 
 from kromhc_hf import KromHCConfig, apply_hyper_connections, convert_checkpoint, remove_hyper_connections
 from kromhc_hf.demo import MODEL as DEMO_MODEL
@@ -19,6 +20,13 @@ from kromhc_hf.modeling.remote_code import AUTO_CLASSES, MARKER, code_files
 
 # A single file, a weight conversion, and a family whose class names do not say CausalLM.
 FAMILIES = {"llama": "Llama{}", "mixtral": "Mixtral{}", "gpt2": "GPT2{}"}
+
+
+def test_the_file_that_auto_map_names_names_all_others():
+    """Early releases take along, from a folder, what it names and not what those import in turn."""
+    (modeling,) = [path for path in code_files() if path.name == "modeling_kromhc.py"]
+    others = {path.stem for path in code_files()} - {modeling.stem}
+    assert {name.removesuffix(".py") for name in get_relative_imports(modeling)} == others
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,13 @@ def test_files_are_short_or_say_why_not():
         assert len(lines) <= LONGEST or "longer than" in "\n".join(lines[:10]), f"{path} has {len(lines)} lines"
 
 
+def test_every_module_of_the_package_is_written_for_the_oldest_python():
+    """The one that requires-python in pyproject.toml promises."""
+    (minor,) = re.findall(r'requires-python = ">=3\.(\d+)"', (PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+    for path in PACKAGE.rglob("*.py"):
+        ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=(3, int(minor)))
+
+
 def lines_of_code(path: Path) -> list[str]:
     """The lines of a module without imports, comments, blanks and lone punctuation."""
     text = path.read_text(encoding="utf-8")

@@ -45,6 +45,8 @@ SMALL = {
     "head_size": 8,
 }
 
+# By the names that every release takes.
+MAMBA_THEN_ATTENTION = {"layer_types": ["mamba", "attention", "mamba"]}
 LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 CONVOLUTION_THEN_FULL = {"layer_types": ["conv", "full_attention", "conv"]}
 SLIDING_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -118,8 +120,8 @@ SPECIAL: dict[str, list[dict]] = {
     "gptj": [{**GPT2_SIZES, "n_inner": 48}],
     "granite": [{"residual_multiplier": 0.4}],
     "granitemoehybrid": [
-        {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "residual_multiplier": 0.4},
-        {**LINEAR_THEN_FULL, "num_local_experts": 0, "position_embedding_type": "rope"},
+        {**MAMBA_THEN_ATTENTION, "residual_multiplier": 0.4},
+        {**MAMBA_THEN_ATTENTION, "num_local_experts": 0, "position_embedding_type": "rope"},
     ],
     "granitemoe_swa": [{"shared_intermediate_size": 16, "residual_multiplier": 0.4}, {"shared_intermediate_size": 0}],
     "granitemoeshared": [{"shared_intermediate_size": 16, "residual_multiplier": 0.4}, {"shared_intermediate_size": 0}],
