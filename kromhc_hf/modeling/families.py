@@ -316,7 +316,7 @@ INSIDE: dict[str, Row] = {
     **rows(
         "qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text qwen3_vl_text qwen3_vl_moe_text qwen3_omni_moe_text", LLAMA
     ),
-    **rows("step3p5 unlimited_ocr_text", LLAMA),
+    **rows("paddleocr_vl_text step3p5 unlimited_ocr_text", LLAMA),
     "emu3_text_model": PERSIMMON,
     "ernie4_5_vl_moe_text": ERNIE_VL,
     **rows("glm4v_text glm_ocr_text", GLM4),
