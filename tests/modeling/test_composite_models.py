@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from support.composite import composite_inputs, make_composite, other_image
 from support.tiny import separate_streams
@@ -20,7 +21,13 @@ from kromhc_hf.modeling.layer_spec import layer_kinds
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore")
 
-pytestmark = pytest.mark.parametrize("model_type", composite_model_types())
+# What transformers' own model cannot be run on, by release.
+BROKEN = {"5.24": {"llama4"}}
+
+pytestmark = pytest.mark.parametrize(
+    "model_type",
+    sorted(set(composite_model_types()) - BROKEN.get(transformers.__version__.rpartition(".")[0], set())),
+)
 
 
 def assert_equal(actual, expected, model_type):
