@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from support.composite import composite_inputs, make_composite
 from support.processor import tiny_processor
@@ -20,6 +21,7 @@ from kromhc_hf import (
     grow_streams,
     inspect_checkpoints,
     load_hyper_connections,
+    push_checkpoint,
     save_hyper_connections,
     verify_conversion,
 )
@@ -123,6 +125,22 @@ def test_the_card_and_hyper_connections_alone(llava, tmp_path):
     assert isinstance(loaded, KromHCForImageTextToText)
     assert torch.equal(logits(loaded, "llava"), logits(model, "llava"))
     assert "load_hyper_connections" in (tmp_path / "alone" / CARD).read_text()
+
+
+def test_pushed_and_pulled(hub, llava, tmp_path):
+    convert_checkpoint(llava, tmp_path / "streams", base_model="ada/llava")
+    push_checkpoint(tmp_path / "streams", "ada/streams")
+    card = ModelCard.load("ada/streams")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert card.data.base_model == "ada/llava"
+    model = AutoModelForImageTextToText.from_pretrained("ada/streams")
+    assert isinstance(model, KromHCForImageTextToText)
+    separate_streams(model)
+    model.push_to_hub("ada/trained")
+    loaded = KromHCForImageTextToText.from_pretrained("ada/trained")
+    assert torch.equal(logits(loaded, "llava"), logits(model, "llava"))
+    assert ModelCard.load("ada/trained").data.pipeline_tag == "image-text-to-text"
+    assert type(AutoProcessor.from_pretrained("ada/streams")) is type(tiny_processor())
 
 
 def test_grown_and_inspected(llava, tmp_path):
