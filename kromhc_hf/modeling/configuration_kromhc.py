@@ -323,6 +323,7 @@ def _make_composite_class(model_type: str) -> type[KromHCConfig]:
     def __init__(self: Any, *, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
         self.check_keywords(kwargs, backbone_config)
         fields = {key: kwargs.pop(key) for key in FIELDS if key in kwargs}
+        kwargs.pop("model_type", None)  # of the file; some families would hand it on to their text part
         if backbone_config is None:
             # Families look at the model type of their text part, and make it of a class that they name.
             parts = {key: _without_streams(part) for key, part in kwargs.items()}

@@ -51,7 +51,7 @@ WHOLE = {
     **dict.fromkeys(["audio_start_token_id", "boa_token_id", "video_start_token_id"], PLACE + 4),
     **dict.fromkeys(["audio_end_token_id", "eoa_token_index", "video_end_token_id"], PLACE + 5),
     **dict.fromkeys(["projector_hidden_size", "projection_dim", "hidden_size", "projection_hidden_size"], 32),
-    **dict.fromkeys(["image_text_hidden_size", "merged_hidden_size", "out_hidden_size"], 32),
+    **dict.fromkeys(["image_text_hidden_size", "out_hidden_size"], 32),
     "alignment_intermediate_size": 64,
     "num_query_tokens": 4,
 }
@@ -358,7 +358,7 @@ CASES = {
     ),
     "video_llama_3": (4, {}, {**PATCHES, "image_merge_sizes": [2, 2]}),
     "video_llava": (16, {}, {"pixel_values_images": (2, 3, 28, 28)}),
-    "vipllava": (16, {"vision_feature_layer": [-1, -2]}, PIXELS),
+    "vipllava": (16, {"vision_feature_layer": [-1, -2], "vision_feature_layers": [-1, -2]}, PIXELS),
     "voxtral": (16, {"audio_config": {"intermediate_size": 128}}, {"input_features": (2, 8, 128)}),
 }
 
