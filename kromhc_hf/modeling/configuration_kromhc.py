@@ -121,6 +121,11 @@ class KromHCConfig(Shareable):
         take_code_along(self, Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
+    # By the source file of the class, and some releases rewrite values of custom code to what the family does not know.
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return cls.backbone_config_class.is_custom_code()
+
     def to_backbone_config(self) -> PreTrainedConfig:
         """The plain configuration of the family: the same values without the hyper-connection fields."""
         return _recast(self, self.backbone_config_class)
@@ -269,9 +274,7 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
             self.take_over(backbone_config)
             for key, value in kwargs.items():
                 setattr(self, key, value)
-            # Not where nothing of the family's is new: some releases rewrite values here that their models go by.
-            if not kwargs.keys() <= FIELDS.keys():
-                self.validate()
+            self.validate()
         self.validate_hyper_connections()
 
     cls.__init__ = __init__

@@ -1,6 +1,7 @@
 """Sweeps releases of transformers: `run.py --write docs/hosts.md`, or `run.py --release 5.6.2 --variant llama`.
 
-What came out goes into a JSON file beside the page, from which its table is made.
+What came out goes into a JSON file beside the page, from which its table is made. Models are exchanged with the last of
+the releases that are run.
 """
 
 import argparse
@@ -84,14 +85,17 @@ def run(releases: Sequence[str], variants: Sequence[str], work: Path) -> dict[st
 
 
 def write(page: Path, summaries: dict[str, dict[str, Any]]) -> None:
-    """Puts the results beside a page, and their table between its markers."""
+    """Puts the results beside a page, where those of other releases stay, and the table between its markers."""
+    beside = page.with_suffix(".json")
+    if beside.is_file():
+        summaries = {**json.loads(beside.read_text(encoding="utf-8"))["releases"], **summaries}
     content = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "python": ".".join(map(str, sys.version_info[:3])),
-        "releases": summaries,
+        "releases": {release: summaries[release] for release in sorted(summaries, key=number)},
     }
-    page.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     page.write_text(f"{before}{BEGIN}\n{shown(content)}\n{END}{after}", encoding="utf-8")

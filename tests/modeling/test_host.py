@@ -194,6 +194,14 @@ def test_families_that_the_release_lacks(monkeypatch):
             _ = module.other
 
 
+def test_a_configuration_is_no_custom_code():
+    """Transformers 5.16 rewrites the kinds of layers in that of custom code by names that lfm2 does not know."""
+    config = KromHCConfig(backbone_config=configurations("lfm2")[0])
+    assert not config.is_custom_code()
+    config.validate()
+    assert config.layer_types == ["conv", "full_attention", "conv"]
+
+
 def imported_with(version: str) -> str:
     """What importing the package prints where transformers says that it is of another version."""
     code = f"import transformers; transformers.__version__ = {version!r}; import kromhc_hf"
