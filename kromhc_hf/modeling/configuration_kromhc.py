@@ -337,7 +337,8 @@ def _make_composite_class(model_type: str) -> type[KromHCConfig]:
             for key, value in kwargs.items():
                 setattr(self, key, value)
         setattr(self, self.text_key, KromHCConfig(backbone_config=self.get_text_config(), **fields))
-        self.validate()
+        if backbone_config is not None and kwargs:
+            self.validate()
         self.validate_hyper_connections()
 
     cls.__init__ = __init__
