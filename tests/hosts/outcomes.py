@@ -91,7 +91,7 @@ def ours(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """The results of all releases in Markdown: of text models, and of models of several modalities."""
-    return "\n".join([*_table(summaries, CHECKS), "", *_table(summaries, COMPOSITE_CHECKS)])
+    return "\n".join([*_table(summaries, CHECKS), "", *_table(summaries, COMPOSITE_CHECKS)]).rstrip()
 
 
 def _table(summaries: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
