@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from . import rows
 from .applying import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
 from .conversion.code_update import update_code
 from .conversion.convert import convert_checkpoint
@@ -30,8 +31,10 @@ from .modeling.modeling_kromhc import (
     KromHCModel,
 )
 from .modeling.options import StreamOptions
+from .modeling.stream_ends import expand, mean_of_streams
 from .official.checkpoints import import_reference_checkpoint
 from .official.modules import import_reference_state_dict
+from .own_families import register_family, unregister_family
 from .parameter_counts import count_parameters
 from .peft.registration import register_with_peft
 from .registration import register
@@ -76,6 +79,7 @@ __all__ = [
     "convert_checkpoint",
     "count_parameters",
     "doubly_stochastic_error",
+    "expand",
     "freeze_backbone",
     "grow_streams",
     "has_hyper_connections",
@@ -86,16 +90,20 @@ __all__ = [
     "inspect_model",
     "load_hyper_connection_state_dict",
     "load_hyper_connections",
+    "mean_of_streams",
     "model_to_adapter",
     "optimizer_param_groups",
     "push_checkpoint",
     "push_folder",
     "push_hyper_connections",
     "record_mappings",
+    "register_family",
     "remove_hyper_connections",
+    "rows",
     "save_hyper_connections",
     "shard_hyper_connections",
     "supported_model_types",
+    "unregister_family",
     "update_code",
     "verify_conversion",
     "write_report",

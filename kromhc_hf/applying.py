@@ -12,6 +12,7 @@ from .modeling.installation import install, uninstall
 from .modeling.layer_fit import check_own_forward
 from .modeling.modeling_kromhc import HyperConnectedModel, model_class
 from .modeling.options import StreamKeywords, StreamOptions, given_options, show_options
+from .modeling.outside_families import bind_model
 from .whole_models import check_removable, check_whole
 
 
@@ -49,6 +50,7 @@ def apply_hyper_connections(model: Any, *positional: Any, **options: "Unpack[Str
         )
     check_whole(model)
     plan = plan_connections(model)
+    bind_model(model)
     config = KromHCConfig(backbone_config=model.config, **stream_options.as_fields())
     replace_config(model, config)
     install(plan, model_class)

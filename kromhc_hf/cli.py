@@ -1,4 +1,7 @@
-"""The `kromhc` command: results on stdout, messages on stderr, exit codes as in `command_errors`."""
+"""The `kromhc` command: results on stdout, messages on stderr, exit codes as in `command_errors`.
+
+It is longer than other files because every option is described where it stands.
+"""
 
 import json
 from collections.abc import Callable
@@ -22,7 +25,18 @@ from rich.table import Table
 from transformers.utils import logging
 
 from .command_errors import ErrorsAsMessages, PipedConsole, read_text
-from .command_options import parse_layers, refuse_unread, stream_options
+from .command_options import (
+    AsJson,
+    Family,
+    Private,
+    Subfolder,
+    TrustCode,
+    WeightVariant,
+    parse_layers,
+    refuse_unread,
+    run_family_file,
+    stream_options,
+)
 from .conversion.base import refuse_adapter
 from .conversion.convert import convert_checkpoint
 from .conversion.disk import LINKS
@@ -48,13 +62,6 @@ app = typer.Typer(
 )
 output, messages = PipedConsole(), PipedConsole(stderr=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Subfolder = Annotated[str, typer.Option(help="Where the base is in its folder or repository.")]
-WeightVariant = Annotated[
-    str | None, typer.Option(help="Which set of weights of the base: fp16 for model.fp16.safetensors.")
-]
-Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
-
 
 @app.command()
 @stream_options
@@ -69,6 +76,8 @@ def convert(
     base_model: Annotated[str | None, typer.Option(help="Hub id of the base, for the model card.")] = None,
     push_to: Annotated[str | None, typer.Option(help="Upload the result to this Hub repository, USER/NAME.")] = None,
     private: Private = False,
+    family: Family = None,
+    trust_remote_code: TrustCode = False,
     verify: Annotated[bool, typer.Option(help="Run both models and compare them.")] = True,
     as_json: AsJson = False,
     **options: Any,
@@ -76,6 +85,7 @@ def convert(
     """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes."""
     refuse_unread(context, StreamOptions(**options))
     refuse_adapter(Path(source))
+    run_family_file(family)
     if private and push_to is None:
         raise ValueError("--private would have no effect without an upload. Use it with --push-to USER/NAME.")
     if push_to is not None:
@@ -98,6 +108,7 @@ def convert(
             link=link,
             base_model=base_model,
             verify=verify,
+            trust_remote_code=trust_remote_code,
             progress=advance,
             **options,
         )
@@ -150,12 +161,15 @@ def verify(
     ] = None,
     subfolder: Subfolder = "",
     weight_variant: WeightVariant = None,
+    family: Family = None,
+    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a base model and its converted form on the same tokens; exit 1 if a lossless init is not lossless."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16; got {dtype!r}.")
     sample = read_text(text)
+    run_family_file(family)
     with messages.status("running both models on the same tokens"):
         report = verify_conversion(
             base,
@@ -166,6 +180,7 @@ def verify(
             layers=parse_layers(layers),
             subfolder=subfolder,
             weight_variant=weight_variant,
+            trust_remote_code=trust_remote_code,
         )
     _finish(report, as_json)
 

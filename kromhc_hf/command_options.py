@@ -1,12 +1,30 @@
 """Options of the command line that are made from data, and those that need more than their type."""
 
+import runpy
 from collections.abc import Callable
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .modeling.options import OPTIONS, StreamOptions, described_option
+from .modeling.outside_families import REGISTERED
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Subfolder = Annotated[str, typer.Option(help="Where the base is in its folder or repository.")]
+WeightVariant = Annotated[
+    str | None, typer.Option(help="Which set of weights of the base: fp16 for model.fp16.safetensors.")
+]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code in the folder of a base whose family has a row from outside."),
+]
+Family = Annotated[
+    Path | None, typer.Option(help="Python file that is run first, and registers a row with register_family.")
+]
 
 
 def stream_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -33,6 +51,23 @@ def refuse_unread(context: typer.Context, options: StreamOptions) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"--{name.replace('_', '-')} would have no effect: {reason}. Leave it out.")
+
+
+def run_family_file(path: Path | None) -> None:
+    """Runs the file of the user that registers a family.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it registers nothing.
+    """
+    if path is None:
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"--family must be a Python file; got {path}, which does not exist.")
+    before = dict(REGISTERED)
+    runpy.run_path(str(path))
+    if all(before.get(name) is family for name, family in REGISTERED.items()):
+        raise ValueError(f"--family must register a row; {path} does not. Call kromhc_hf.register_family in it.")
 
 
 def parse_layers(text: str | None) -> str | range | None:

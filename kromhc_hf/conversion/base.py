@@ -68,6 +68,7 @@ class BaseCheckpoint:
         *,
         subfolder: str = "",
         weight_variant: str | None = None,
+        code: bool = False,
     ) -> "BaseCheckpoint":
         """Finds a checkpoint and checks everything that can be seen without reading a tensor.
 
@@ -77,13 +78,14 @@ class BaseCheckpoint:
             base_model: its Hub id, where the folder does not tell.
             subfolder: where it is in the folder or repository.
             weight_variant: which set of weights, what transformers calls `variant`.
+            code: whether its code is wanted too, where it is downloaded.
 
         Raises:
             FileNotFoundError: if there is no such checkpoint, or it has no weights.
             ValueError: if it is damaged, converted already, an adapter, or names code of another repository; or if
                 `base_model` is not a Hub id.
         """
-        folder = resolve_source(source, revision, subfolder)
+        folder = resolve_source(source, revision, subfolder, code)
         present = [*(path for path in folder.iterdir() if path.is_file()), *companion_files(folder)]
         before = {path: _fingerprint(path) for path in present}
         weights = find_weights(folder, _checked_config(folder), weight_variant)

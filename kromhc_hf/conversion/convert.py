@@ -54,6 +54,7 @@ def convert_checkpoint(
     link: str = "copy",
     base_model: str | None = None,
     verify: bool = False,
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **options: "Unpack[StreamKeywords]",
 ) -> ConversionReport:
@@ -75,6 +76,8 @@ def convert_checkpoint(
             space and no time; or "reflink-if-possible", a copy that shares its blocks where the file system can.
         base_model: Hub id of the base for the model card, where the source is a folder that does not tell.
         verify: whether to run base and converted model before the destination appears, see `verify_conversion`.
+        trust_remote_code: whether code in the source may be run, for a family that `register_family` has a row of and
+            whose code is not in transformers. For families of transformers none ever is.
         progress: called with the bytes done so far and in all.
         **options: of the hyper-connections, see `StreamOptions`.
 
@@ -87,10 +90,13 @@ def convert_checkpoint(
     """
     check_link(link)
     chosen = StreamOptions(**given_options((), options))
-    base = BaseCheckpoint.open(source, revision, base_model, subfolder=subfolder, weight_variant=weight_variant)
-    stored, destination = StoredModel.open(base.folder, weight_variant=weight_variant), Path(destination)
+    base = BaseCheckpoint.open(
+        *(source, revision, base_model), subfolder=subfolder, weight_variant=weight_variant, code=trust_remote_code
+    )
+    opened: dict[str, Any] = {"weight_variant": weight_variant, "trust_remote_code": trust_remote_code}
+    stored, destination = StoredModel.open(base.folder, **opened), Path(destination)
     config: Any = KromHCConfig(backbone_config=stored.config, **chosen.as_fields())
-    model = replace(stored, config=config).skeleton()
+    model = replace(stored, config=config, own_code=False).skeleton()
     config.architectures = [type(model).__name__]
     config.hc_conversion = base.origin
     added = added_tensors(model)
@@ -114,7 +120,7 @@ def convert_checkpoint(
             added_bytes=sum(form.nbytes for form in added.values()),
         )
         if verify:
-            report = verify_conversion(base.folder, target, weight_variant=weight_variant, report=report)
+            report = verify_conversion(base.folder, target, **opened, report=report)
             numbers = {number: getattr(report, number) for number in VERIFICATION}
             config.hc_conversion = {**base.origin, "verification": numbers}
             config.to_json_file(target / "config.json")

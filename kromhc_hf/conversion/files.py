@@ -45,8 +45,12 @@ def refuse_revision(path: Path, revision: str | None) -> None:
         )
 
 
-def resolve_source(source: str | os.PathLike[str], revision: str | None = None, subfolder: str = "") -> Path:
+def resolve_source(
+    source: str | os.PathLike[str], revision: str | None = None, subfolder: str = "", code: bool = False
+) -> Path:
     """The folder of a checkpoint: inside `source` if that is a folder, else in the downloaded snapshot of that Hub id.
+
+    Python files are downloaded with `code` alone.
 
     Raises:
         FileNotFoundError: if it is neither a folder nor a repository that can be read, or has no such subfolder.
@@ -58,17 +62,17 @@ def resolve_source(source: str | os.PathLike[str], revision: str | None = None, 
     if root.is_file():
         raise FileNotFoundError(f"source must be a folder or a Hub id; got the file {root}. Give its folder.")
     if not root.is_dir():
-        return _download(str(source), revision, subfolder)
+        return _download(str(source), revision, subfolder, code)
     refuse_revision(root, revision)
     if not (root / subfolder).is_dir():
         raise _no_subfolder(source, subfolder, file_names(root))
     return root / subfolder
 
 
-def _download(repo_id: str, revision: str | None, subfolder: str) -> Path:
+def _download(repo_id: str, revision: str | None, subfolder: str, code: bool) -> Path:
     """The part of a snapshot that a conversion uses."""
     inside = "" if subfolder == "." else f"{subfolder}/"
-    patterns = [f"{inside}*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES)]
+    patterns = [f"{inside}*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES, *[".py"] * code)]
     patterns += [f"{prefix}*" for prefix in (*COMPANION_PREFIXES, CARD)]
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))

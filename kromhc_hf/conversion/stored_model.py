@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ..modeling.configuration_kromhc import PREFIX, KromHCConfig
+from ..modeling.configuration_kromhc import KromHCConfig
 from ..modeling.host import class_for_task, class_names_for_task
-from ..modeling.layer_fit import check_model_type
 from ..modeling.modeling_kromhc import (
     FACES,
     GENERATIVE_FACES,
@@ -24,6 +23,7 @@ from ..modeling.modeling_kromhc import (
 from ..modeling.remote_code import class_name
 from .base import model_content
 from .files import resolve_source
+from .outside import bind_repository, runs_own_code
 from .stored_tensors import StoredTensors, check_tensors, quantization_of
 
 
@@ -72,7 +72,7 @@ def head_output(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint on disk that can be run; no code but that of transformers and this package ever is.
+    """A checkpoint on disk that can be run; no code but that of transformers and this package is, unless trusted.
 
     Args:
         name: what the user calls it, a folder or Hub id.
@@ -80,6 +80,7 @@ class StoredModel:
         config: its configuration.
         face: the task of its head.
         weight_variant: which set of weights, where the folder has several.
+        own_code: whether its classes come from its folder.
     """
 
     name: str
@@ -87,22 +88,30 @@ class StoredModel:
     config: Any
     face: type[HyperConnectedModel]
     weight_variant: str | None = None
+    own_code: bool = False
 
     @classmethod
     def open(
-        cls, source: str | os.PathLike[str], *, subfolder: str = "", weight_variant: str | None = None
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        subfolder: str = "",
+        weight_variant: str | None = None,
+        trust_remote_code: bool = False,
     ) -> "StoredModel":
         """Finds a checkpoint and reads its configuration.
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if it is an adapter, its family is not supported, or it names code of another repository.
+            ValueError: if it is an adapter, its family is not supported, its code must be trusted, or it names code of
+                another repository.
         """
-        folder = resolve_source(source, subfolder=subfolder)
-        model_type = model_content(folder).get("model_type", "")
-        check_model_type(str(model_type).removeprefix(PREFIX))
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return cls(str(source), folder, config, face_of(config), weight_variant)
+        folder = resolve_source(source, subfolder=subfolder, code=trust_remote_code)
+        own_code = runs_own_code(model_content(folder), folder, trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+        if own_code:
+            bind_repository(config, folder)
+        return cls(str(source), folder, config, face_of(config), weight_variant, own_code)
 
     def with_streams(self) -> "StoredModel":
         """The same, which must have hyper-connections.
@@ -119,10 +128,11 @@ class StoredModel:
 
     def skeleton(self, dtype: torch.dtype | None = None) -> Any:
         """The model on the meta device, in eval mode; by default in the dtype of its configuration."""
-        given = {} if dtype is None else {"dtype": dtype}
+        given: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        given["trust_remote_code"] = self.own_code
         # A copy, since the dtype is written into it.
         with torch.device("meta"):
-            made = self.face.auto_class.from_config(copy.deepcopy(self.config), trust_remote_code=False, **given)
+            made = self.face.auto_class.from_config(copy.deepcopy(self.config), **given)
         return made.eval()
 
     def tensors(self) -> StoredTensors:
@@ -145,7 +155,7 @@ class StoredModel:
             config=self.config,
             variant=self.weight_variant,
             dtype=dtype,
-            trust_remote_code=False,
+            trust_remote_code=self.own_code,
             output_loading_info=True,
         )
         if info["missing_keys"]:

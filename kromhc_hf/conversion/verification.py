@@ -37,6 +37,7 @@ def verify_conversion(
     layers: str | Sequence[int] | None = None,
     subfolder: str = "",
     weight_variant: str | None = None,
+    trust_remote_code: bool = False,
     report: ConversionReport | None = None,
 ) -> ConversionReport:
     """Runs a base model and its converted form on the same tokens and compares what their heads compute.
@@ -56,6 +57,7 @@ def verify_conversion(
             run on the embeddings as if there were no others. None runs the whole models in memory.
         subfolder: where the base is in its folder or repository.
         weight_variant: which set of weights of the base, what transformers calls `variant`.
+        trust_remote_code: whether code in the two folders may be run, for a family whose code is not in transformers.
         report: a report to complete, as the conversion wrote it.
 
     Raises:
@@ -64,8 +66,10 @@ def verify_conversion(
             layers.
         OSError: if one of the two cannot be loaded.
     """
-    first = StoredModel.open(base, subfolder=subfolder, weight_variant=weight_variant)
-    second = StoredModel.open(converted)
+    # The converted one first, which may bring the row of its family along.
+    second = StoredModel.open(converted, trust_remote_code=trust_remote_code)
+    named: dict[str, Any] = {"subfolder": subfolder, "weight_variant": weight_variant}
+    first = StoredModel.open(base, **named, trust_remote_code=trust_remote_code)
     text_config = first.config.get_text_config()
     wanted = None if layers is None else _positions(layers, text_config.num_hidden_layers)
     _check_pair(first, second)
@@ -248,7 +252,9 @@ def _run(model: Any, stored: StoredModel, example: Example, new_tokens: int) -> 
         present = prompt["input_ids"].shape[1]
         room = (getattr(text_config, "max_position_embeddings", None) or length + new_tokens) - present
         if room > 0:
-            options = {"max_new_tokens": min(new_tokens, room), "pad_token_id": text_config.pad_token_id or 0}
+            # A configuration from outside may have none.
+            padding = getattr(text_config, "pad_token_id", None) or 0
+            options = {"max_new_tokens": min(new_tokens, room), "pad_token_id": padding}
             greedy = model.generate(**prompt, do_sample=False, **options)
     return _Outcome(output.float(), model.dtype, greedy)
 

@@ -22,6 +22,7 @@ from .foreign_code import check_own_config
 from .host import config_class_name, config_class_of, why_absent
 from .layer_fit import check_model_type, known_model_types
 from .options import OPTIONS, StreamOptions, documented
+from .outside_families import BOUND, REGISTERED, OutsideFamily, bind, is_from_outside, outside_family
 from .remote_code import Shareable, take_code_along
 
 
@@ -58,7 +59,7 @@ class KromHCConfig(Shareable):
         if cls is KromHCConfig:
             if backbone_config is None:
                 raise ValueError("KromHCConfig needs a backbone_config, for example backbone_config=LlamaConfig().")
-            cls = config_class(getattr(backbone_config, "model_type", type(backbone_config).__name__))
+            cls = _class_for(backbone_config)
         return super().__new__(cls)
 
     @classmethod
@@ -233,7 +234,8 @@ def _recast(config: Any, target: type) -> Any:
     return recast
 
 
-_CLASSES: dict[str, type[KromHCConfig]] = {}
+# By model type, and for families from outside by the class of the base, of which there may be several copies.
+_CLASSES: dict[Any, type[KromHCConfig]] = {}
 
 
 def config_class(model_type: str) -> type[KromHCConfig]:
@@ -242,17 +244,39 @@ def config_class(model_type: str) -> type[KromHCConfig]:
     Raises:
         ValueError: if the family is not supported.
     """
-    if model_type not in _CLASSES:
-        check_model_type(model_type)
-        make = _make_config_class if model_type in ROWS else _make_composite_class
-        _CLASSES[model_type] = make(model_type)
-        for callback in KromHCConfig.on_new_class:
-            callback(_CLASSES[model_type])
-    return _CLASSES[model_type]
-
-
-def _make_config_class(model_type: str) -> type[KromHCConfig]:
+    if model_type in _CLASSES:
+        return _CLASSES[model_type]
+    check_model_type(model_type)
     backbone_class = config_class_of(model_type)
+    if is_from_outside(model_type):
+        return outside_config_class(REGISTERED.get(model_type) or BOUND[backbone_class].family, backbone_class)
+    make = _make_config_class if model_type in ROWS else _make_composite_class
+    return _noted(model_type, make(model_type, backbone_class))
+
+
+def outside_config_class(family: OutsideFamily, backbone_class: Any) -> type[KromHCConfig]:
+    """The configuration class for one copy of the classes of a family from outside, made on first use."""
+    if backbone_class not in BOUND:
+        bind(family, backbone_class, {})
+    if backbone_class in _CLASSES:
+        return _CLASSES[backbone_class]
+    return _noted(backbone_class, _make_config_class(family.model_type, backbone_class))
+
+
+def _noted(key: Any, made: type[KromHCConfig]) -> type[KromHCConfig]:
+    _CLASSES[key] = made
+    for callback in KromHCConfig.on_new_class:
+        callback(made)
+    return made
+
+
+def _class_for(backbone_config: Any) -> type[KromHCConfig]:
+    model_type = getattr(backbone_config, "model_type", type(backbone_config).__name__)
+    family = outside_family(backbone_config, model_type)
+    return config_class(model_type) if family is None else outside_config_class(family, type(backbone_config))
+
+
+def _make_config_class(model_type: str, backbone_class: Any) -> type[KromHCConfig]:
     name = f"KromHC{backbone_class.__name__}"
     namespace = {
         "__module__": __name__,
@@ -261,6 +285,7 @@ def _make_config_class(model_type: str) -> type[KromHCConfig]:
         "__annotations__": {field: option.kind for field, option in FIELDS.items()},
         "model_type": PREFIX + model_type,
         "backbone_config_class": backbone_class,
+        "_auto_class": None,  # by which code of a repository would be copied once more, from the wrong file
         **{field: option.default for field, option in FIELDS.items()},
     }
     cls: Any = type(name, (KromHCConfig, backbone_class), namespace)
@@ -309,8 +334,7 @@ def _of_text_config(name: str) -> property:
     return property(read, write)
 
 
-def _make_composite_class(model_type: str) -> type[KromHCConfig]:
-    backbone_class = config_class_of(model_type)
+def _make_composite_class(model_type: str, backbone_class: Any) -> type[KromHCConfig]:
     name = f"KromHC{backbone_class.__name__}"
     namespace = {
         "__module__": __name__,
@@ -361,6 +385,9 @@ def config_class_named(name: str) -> type[KromHCConfig] | None:
     for model_type in known_model_types():
         if name == f"KromHC{config_class_name(model_type)}":
             return config_class(model_type)
+    for bound in reversed(BOUND.values()):
+        if name == f"KromHC{bound.config_class.__name__}":
+            return outside_config_class(bound.family, bound.config_class)
     return None
 
 

@@ -13,6 +13,7 @@ from .decoder_layer import END_NAMES, HyperConnectedLayer
 from .layer_fit import check_model_type, fit_layer, layer_specs
 from .layer_loop import check_between_layers
 from .layer_spec import LayerSpec, attribute
+from .outside_families import outside_family
 
 
 class Decoder(NamedTuple):
@@ -107,7 +108,10 @@ def check_layers(decoder: Decoder) -> ConnectionPlan:
     check_partitioned_dtype(layers)
     check_distinct(layers)
     check_between_layers(decoder.owners[-1], decoder.path)
-    return ConnectionPlan(decoder, [fit_layer(layer, decoder.candidates, i) for i, layer in enumerate(layers)])
+    config = decoder.owners[-1].config
+    outside = outside_family(config, config.model_type.removeprefix(PREFIX))
+    specs = [fit_layer(layer, decoder.candidates, i, outside) for i, layer in enumerate(layers)]
+    return ConnectionPlan(decoder, specs)
 
 
 def check_partitioned_dtype(model: nn.Module) -> None:

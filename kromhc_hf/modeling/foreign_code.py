@@ -12,7 +12,7 @@ CODE_FIELDS = ("auto_map", "custom_pipelines")
 # These choose a function of transformers by name, or a kernel to download by repository, ORG/NAME.
 KERNEL_FIELD = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 # In files of the first version the module was called `modeling`.
-OWN_CLASS = re.compile(r"modeling(_kromhc)?\.KromHC\w+")
+OWN_CLASS = re.compile(r"(modeling(_kromhc)?|kromhc_family)\.KromHC\w+")
 LOCAL_CLASS = re.compile(r"\w+\.\w+")
 
 

@@ -48,6 +48,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, hub  # noqa: E402
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # noqa: E402
 
+from .outside_families import BOUND, bound_to  # noqa: E402
+
 
 # What releases and families call the argument by which a layer, or a module in it, is given the cache.
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -190,13 +192,27 @@ def returned_beside(layer_class: Any) -> tuple[int, ...] | None:
 
 
 def config_class_of(model_type: str) -> Any:
-    """The configuration class of a model type, imported on first use."""
-    return CONFIG_MAPPING[model_type]
+    """The configuration class of a model type, imported on first use; from outside, the one that was loaded last.
+
+    Raises:
+        ValueError: if the code of a family from outside has not been loaded.
+    """
+    if model_type in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type]
+    if loaded := bound_to(model_type):
+        return loaded[0].config_class
+    raise ValueError(
+        f"the code of model_type {model_type!r}, which is not in transformers, must be loaded first. Import the "
+        "package that has it, or load the model with an Auto class: AutoModelForCausalLM.from_pretrained(..., "
+        "trust_remote_code=True)."
+    )
 
 
 def config_class_name(model_type: str) -> str:
     """The name of that class, without importing it."""
-    return CONFIG_MAPPING_NAMES[model_type]
+    return (
+        CONFIG_MAPPING_NAMES[model_type] if model_type in CONFIG_MAPPING_NAMES else config_class_of(model_type).__name__
+    )
 
 
 def class_for_task(auto_class: Any, config_type: Any) -> Any:
@@ -204,6 +220,8 @@ def class_for_task(auto_class: Any, config_type: Any) -> Any:
 
     None too where it is the class of the text model alone, which is made from a part of the configuration.
     """
+    if config_type in BOUND and auto_class.__name__ in BOUND[config_type].models:
+        return BOUND[config_type].models[auto_class.__name__]
     found = auto_class._model_mapping.get(config_type, None)
     parts = {part for part in config_type.sub_configs.values() if part is not config_type}
     return None if getattr(found, "config_class", None) in parts else found
@@ -212,7 +230,8 @@ def class_for_task(auto_class: Any, config_type: Any) -> Any:
 def class_names_for_task(auto_class: Any, model_type: str) -> tuple[str, ...]:
     """The names of the classes that an Auto class knows for a model type, without importing them."""
     names = auto_class._model_mapping._model_mapping.get(model_type, ())
-    return (names,) if isinstance(names, str) else tuple(names)
+    outside = (class_for_task(auto_class, bound.config_class) for bound in bound_to(model_type))
+    return (*((names,) if isinstance(names, str) else names), *(cls.__name__ for cls in outside if cls is not None))
 
 
 @contextmanager

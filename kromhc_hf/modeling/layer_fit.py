@@ -9,6 +9,7 @@ from torch import nn
 from .families import COMPOSITE, REFUSED, ROWS, SUPPORTED
 from .host import CACHE_NAMES, cache_name, forward_parameters, has_family, returned_beside
 from .layer_spec import ByConfig, LayerSpec, attribute
+from .outside_families import OutsideFamily, is_from_outside, outside_family
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -38,6 +39,8 @@ def check_model_type(model_type: str) -> None:
     Raises:
         ValueError: naming the family, and the reason or the supported families.
     """
+    if is_from_outside(model_type):
+        return
     if model_type in REFUSED:
         raise ValueError(
             f"model_type {model_type!r} is not supported: {REFUSED[model_type]}. "
@@ -47,7 +50,7 @@ def check_model_type(model_type: str) -> None:
         supported = ", ".join(sorted({*supported_model_types(), *composite_model_types()}))
         raise ValueError(
             f"model_type must be one of the supported families ({supported}); "
-            f"got {model_type!r}. Add a row for it to kromhc_hf/modeling/families.py, or use a supported model."
+            f"got {model_type!r}. Say what its layers look like with register_family, or use a supported model."
         )
     if not has_family(model_type):
         raise ValueError(
@@ -77,23 +80,28 @@ def layer_specs(config: Any, model_type: str) -> tuple[LayerSpec, ...]:
             f"{model_type} must have layerdrop=0; got {config.layerdrop}: the last layer reads the streams out and "
             "cannot be dropped. Set config.layerdrop = 0."
         )
-    row = ROWS[model_type]
+    outside = outside_family(config, model_type)
+    row = ROWS[model_type] if outside is None else outside.row
     specs = row.choose(config) if isinstance(row, ByConfig) else row
     return (specs,) if isinstance(specs, LayerSpec) else specs
 
 
-def fit_layer(layer: nn.Module, specs: tuple[LayerSpec, ...], position: int) -> LayerSpec:
+def fit_layer(
+    layer: nn.Module, specs: tuple[LayerSpec, ...], position: int, outside: OutsideFamily | None = None
+) -> LayerSpec:
     """The first specification that a live decoder layer fits, so that nothing is changed that is not understood.
+
+    Args:
+        layer: the decoder layer.
+        specs: what it may look like.
+        position: where it stands.
+        outside: its family, if the code of that is not in transformers.
 
     Raises:
         ValueError: naming the layer, the attribute and what was expected.
     """
     label = f"layer {position} ({type(layer).__name__})"
-    if not type(layer).__module__.startswith("transformers."):
-        raise ValueError(
-            f"{label} must be a decoder layer of transformers; its class is defined in {type(layer).__module__}, "
-            "where forward may differ from the one that the table of families describes. Load the native class."
-        )
+    _check_origin(layer, label, outside)
     check_own_forward(layer, position)
     layer_class: Any = type(layer)
     problems = []
@@ -104,6 +112,25 @@ def fit_layer(layer: nn.Module, specs: tuple[LayerSpec, ...], position: int) -> 
             return spec
         problems.append(problem)
     raise ValueError(f"{label} {'; or else it '.join(problems)}.")
+
+
+def _check_origin(layer: nn.Module, label: str, outside: OutsideFamily | None) -> None:
+    """Refuses a layer of a class that the row was not written for.
+
+    Raises:
+        ValueError: naming the class and the way out.
+    """
+    defined = f"its class is defined in {type(layer).__module__}, where forward may differ from the one that the"
+    if outside is None and not type(layer).__module__.startswith("transformers."):
+        raise ValueError(
+            f"{label} must be a decoder layer of transformers; {defined} table of families describes. Load the native "
+            "class, or give the model a model_type of its own and a row with register_family."
+        )
+    if outside is not None and outside.layer_class not in (None, type(layer).__name__):
+        raise ValueError(
+            f"{label} must be a {outside.layer_class}; {defined} row of {outside.model_type!r} describes. Remove the "
+            "wrapper, or register the family with this layer_class."
+        )
 
 
 def check_own_forward(layer: nn.Module, position: int) -> None:
@@ -148,7 +175,7 @@ def _misfit(layer: nn.Module, spec: LayerSpec) -> str | None:
     known = _known_attributes(spec)
     for name in _attributes_with_weights(layer):
         if name not in known:
-            return f"must have no weights beyond those that its row in modeling/families.py names; got {name!r}"
+            return f"must have no weights beyond those that its row names; got {name!r}"
     return None
 
 

@@ -53,12 +53,13 @@ from .host import (
 
 # isort: split
 from .arrangement import check_complete
-from .configuration_kromhc import KromHCConfig, config_class, config_class_named
+from .configuration_kromhc import KromHCConfig, config_class, config_class_named, outside_config_class
 from .connection_plan import check_layers, find_decoder
 from .installation import connect_owners, install
 from .layer_fit import known_model_types
 from .layer_loop import methods_for_streams
 from .model_forward import with_readout
+from .outside_families import BOUND, OutsideFamily, bind
 from .remote_code import Shareable, class_name
 from .stream_module import StreamModule
 
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401
     from .options import INITS  # noqa: F401
+    from .outside_code import FAMILY_MODULE  # noqa: F401
     from .stream_ends import expand  # noqa: F401
     from .variants import LARGEST_FACTOR  # noqa: F401
 
@@ -308,6 +310,7 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
         "__doc__": f"{name} with hyper-connections.",
         "config_class": config_type,
         "backbone_class": backbone_class,
+        "_auto_class": None,
         "forward": with_readout(backbone_class.forward),
         **methods_for_streams(backbone_class),
     }
@@ -325,6 +328,23 @@ def _known(config_type: Any) -> Iterator[None]:
             backbone = face.backbone_for(config_type)
             stack.enter_context(known_to(face.auto_class, config_type, backbone and model_class(backbone, config_type)))
         yield
+
+
+def family_in_folder(family: OutsideFamily, config_type: Any, models: dict[str, Any]) -> dict[str, Any]:
+    """The classes with hyper-connections of a family whose code lies beside a saved model, by Auto class.
+
+    Args:
+        family: its row, as it was when the model was saved.
+        config_type: its configuration class.
+        models: its model classes, by Auto class.
+    """
+    bind(family, config_type, models)
+    # By this they take their code along when the hyper-connections have been removed.
+    for name, cls in {"AutoConfig": config_type, **models}.items():
+        if cls.__module__.startswith("transformers_modules."):
+            cls.register_for_auto_class(name)
+    made = outside_config_class(family, config_type)
+    return {"AutoConfig": made, **{name: model_class(backbone, made) for name, backbone in models.items()}}
 
 
 def _restored(backbone_class: Any, config_type: Any) -> Any:
@@ -350,4 +370,8 @@ def __getattr__(name: str) -> Any:
                 backbone = face.backbone_for(config_type)
                 if backbone is not None and class_name(backbone, config_type.backbone_config_class) == name:
                     return model_class(backbone, config_type)
+    for bound in BOUND.values():
+        for backbone in bound.models.values():
+            if class_name(backbone, bound.config_class) == name:
+                return model_class(backbone, outside_config_class(bound.family, bound.config_class))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}" + why_absent(name))

@@ -26,6 +26,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .host import class_for_task
 from .model_card import MARK, model_card
+from .outside_code import FAMILY_MODULE, bound_family, family_files, joining_file
+from .outside_families import BOUND
 
 
 AUTO_CLASSES: tuple[Any, ...] = (
@@ -65,11 +67,17 @@ def class_name(backbone_class: Any, backbone_config_class: Any) -> str:
 def auto_map(config_type: Any) -> dict[str, str]:
     """Which class of which code file each Auto class stands for, for the family of a configuration class."""
     # All in one file, of which transformers then makes one copy; two would have two classes of every name.
-    names = {"AutoConfig": f"modeling_kromhc.{config_type.__name__}"}
+    file = FAMILY_MODULE if config_type.backbone_config_class in BOUND else "modeling_kromhc"
+    return {auto_name: f"{file}.{name}" for auto_name, name in generated_names(config_type).items()}
+
+
+def generated_names(config_type: Any) -> dict[str, str]:
+    """The names of the generated classes of a family, by Auto class."""
+    names = {"AutoConfig": config_type.__name__}
     for auto_class in AUTO_CLASSES:
         backbone = class_for_task(auto_class, config_type.backbone_config_class)
         if backbone is not None:
-            names[auto_class.__name__] = f"modeling_kromhc.{class_name(backbone, config_type.backbone_config_class)}"
+            names[auto_class.__name__] = class_name(backbone, config_type.backbone_config_class)
     return names
 
 
@@ -107,8 +115,39 @@ def files_in_the_way(folder: Path) -> list[str]:
 def take_code_along(config: Any, folder: Path) -> None:
     """Puts the code files beside a configuration that is about to be saved and names them in it, see `write_code`."""
     vars(config).pop("auto_map", None)
-    if write_code(folder):
+    if write_code(folder) and _write_family(config, folder):
         config.auto_map = auto_map(type(config))
+
+
+def _write_family(config: Any, folder: Path) -> bool:
+    """Writes the code of a family from outside, if it is one; returns whether everything is there that loads it."""
+    bound = bound_family(config)
+    if bound is None:
+        return True
+    files, own = family_files(bound), [file.name for file in code_files()]
+    taken = {name for name, text in (files or {}).items() if _holds_another(folder / name, text)}
+    if files is None or taken | {*(files or {})} & {*own, f"{FAMILY_MODULE}.py"}:
+        reason = (
+            f"its files {', '.join(sorted(taken | {*files} & {*own}))} bear names that are taken"
+            if files
+            else ("its classes are not in files that import each other as `from .x import y`")
+        )
+        warnings.warn(
+            f"the code of model_type {bound.family.model_type!r} cannot be put beside the model in {folder}, since "
+            f"{reason}. The model loads where kromhc-hf is installed, its code is imported and its row is registered.",
+            stacklevel=5,
+        )
+        return False
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    names = [name.removesuffix(".py") for name in own]
+    text = joining_file(config, bound, MARKER, names, generated_names(type(config)))
+    (folder / f"{FAMILY_MODULE}.py").write_text(text, encoding="utf-8")
+    return True
+
+
+def _holds_another(path: Path, content: bytes) -> bool:
+    return os.path.lexists(path) and (not path.is_file() or path.read_bytes() != content)
 
 
 def _may_be_replaced(path: Path, unmarked: frozenset[str]) -> bool:

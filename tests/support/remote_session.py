@@ -65,9 +65,10 @@ def visit(source: str, again: Path) -> dict[str, object]:
     reloaded.save_pretrained(again)
     report["third_equal"] = torch.equal(changed, load(again)(TOKENS).logits)
 
-    classifier = load(again, AutoModelForSequenceClassification)
-    report["classifier"] = [type(classifier).__name__, list(classifier(TOKENS).logits.shape)]
-    report["registered"] = registered(type(classifier.config))
+    if "AutoModelForSequenceClassification" in model.config.auto_map:
+        classifier = load(again, AutoModelForSequenceClassification)
+        report["classifier"] = [type(classifier).__name__, list(classifier(TOKENS).logits.shape)]
+        report["registered"] = registered(type(classifier.config))
     report["base"] = type(load(again, AutoModel)).__name__
     config = load(again, AutoConfig)
     report["from_config"] = type(AutoModelForCausalLM.from_config(config, trust_remote_code=True)).__name__

@@ -1,0 +1,52 @@
+"""Checkpoints whose code is not in transformers: run only where the user trusts the folder that has it."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..modeling.configuration_kromhc import PREFIX
+from ..modeling.layer_fit import check_model_type
+from ..modeling.outside_code import FAMILY_MODULE
+from ..modeling.outside_families import bind, outside_family
+
+
+def runs_own_code(content: dict[str, Any], folder: Path, trust_remote_code: bool) -> bool:
+    """Whether the code of a checkpoint is loaded from its folder; for families of transformers it never is.
+
+    Args:
+        content: of its config.json.
+        folder: where it is.
+        trust_remote_code: whether the user wants code from there to be run.
+
+    Raises:
+        ValueError: if its family is not known, or its code is needed and not trusted.
+    """
+    model_type = str(content.get("model_type", ""))
+    reference = str((content.get("auto_map") or {}).get("AutoConfig", ""))
+    carries_row = reference.startswith(f"{FAMILY_MODULE}.")
+    if not carries_row:
+        check_model_type(model_type.removeprefix(PREFIX))
+    if model_type in CONFIG_MAPPING:
+        return False
+    if not reference:
+        raise ValueError(
+            f"the code of model_type {model_type!r} must be in {folder}, named in auto_map of config.json, or in a "
+            "package that registers it with the Auto classes; it is in neither. Import the package."
+        )
+    if not trust_remote_code:
+        raise ValueError(
+            f"the code of model_type {model_type!r} is not in transformers but in {folder}, and must be trusted to be "
+            "run. Read it, and allow it with trust_remote_code=True (--trust-remote-code)."
+        )
+    return True
+
+
+def bind_repository(config: Any, folder: Path) -> None:
+    """Notes the model classes that a base names in its configuration, which has been loaded with the code beside it."""
+    family = outside_family(config, config.model_type)
+    if family is None or config.model_type.startswith(PREFIX):
+        return
+    named = {name: reference for name, reference in config.auto_map.items() if name.startswith("AutoModel")}
+    bind(family, type(config), {name: get_class_from_dynamic_module(ref, folder) for name, ref in named.items()})

@@ -1,0 +1,306 @@
+"""Bases whose code is not in transformers: registered, converted, loaded elsewhere, trained, saved and undone."""
+
+import copy
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from support.outside import AMBER, BASALT, BASES, OUTSIDE, make_outside, make_repository
+from support.remote import visit_without_kromhc
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import kromhc_hf
+from kromhc_hf import (
+    apply_hyper_connections,
+    convert_checkpoint,
+    freeze_backbone,
+    has_hyper_connections,
+    optimizer_param_groups,
+    register_family,
+    remove_hyper_connections,
+    unregister_family,
+    verify_conversion,
+)
+from kromhc_hf.cli import app
+from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
+from kromhc_hf.rows import ByConfig, Sublayer, block, sequential
+
+
+TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2]])
+
+
+@pytest.fixture(autouse=True)
+def rows():
+    """Both rows, and nothing left behind."""
+    for name, base in OUTSIDE.items():
+        register_family(name, base.row, layer_class=base.layer_class)
+    yield
+    REGISTERED.clear()
+    BOUND.clear()
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    home = tmp_path_factory.mktemp("repositories")
+    return {name: make_repository(name, home / f"{name}_base") for name in OUTSIDE}
+
+
+def greedy(model) -> list[int]:
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    return model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), **options)[0].tolist()
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_live_model_takes_and_gives_up_hyper_connections(name):
+    model = make_outside(name)
+    before, expected, continuation = copy.deepcopy(model.state_dict()), model(TOKENS).logits, greedy(model)
+    cls = type(model)
+    apply_hyper_connections(model)
+    assert has_hyper_connections(model)
+    assert torch.equal(model(TOKENS).logits, expected)
+    assert greedy(model) == continuation
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    assert torch.equal(model(TOKENS, attention_mask=mask).logits, make_outside(name)(TOKENS, mask).logits)
+    remove_hyper_connections(model)
+    assert type(model) is cls
+    assert model.state_dict().keys() == before.keys()
+    assert torch.equal(model(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_separated_streams_give_the_same_with_and_without_a_cache(name):
+    model = apply_hyper_connections(make_outside(name), init="paper")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "_hc." in key:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    assert (model(TOKENS).logits - make_outside(name)(TOKENS).logits).abs().max() > 1e-2
+    sequence = TOKENS
+    for _ in range(8):
+        sequence = torch.cat([sequence, model(sequence, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert greedy(model) == sequence[0].tolist()
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_converted_repository_computes_the_same_and_is_trained_and_undone(name, repositories, tmp_path):
+    base, converted = repositories[name], tmp_path / f"{name}_converted"
+    report = convert_checkpoint(base, converted, trust_remote_code=True, verify=True)
+    assert report.bitwise_equal
+    assert report.greedy_base == report.greedy_converted
+    for file in (BASES / name).glob("*_*.py"):
+        assert (converted / file.name).read_bytes() == file.read_bytes()
+    # The folder brings its row along.
+    unregister_family(name)
+    assert verify_conversion(base, converted, trust_remote_code=True).lossless
+
+    model = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True)
+    assert has_hyper_connections(model)
+    assert isinstance(model, kromhc_hf.KromHCForCausalLM)
+    expected = model(TOKENS).logits
+    freeze_backbone(model)
+    optimizer = torch.optim.AdamW(optimizer_param_groups(model, lr=1e-2))
+    first = loss = model(TOKENS, labels=TOKENS).loss
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss = model(TOKENS, labels=TOKENS).loss
+    assert loss < first
+    model.save_pretrained(tmp_path / "trained")
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "trained", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    assert type(AutoModel.from_pretrained(converted, trust_remote_code=True)).__name__.startswith("KromHC")
+
+    remove_hyper_connections(again).save_pretrained(tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", trust_remote_code=True)
+    assert type(plain).__name__ == OUTSIDE[name].model_class
+    assert torch.equal(plain(TOKENS).logits, expected)
+
+
+def test_loads_where_neither_package_is_installed(repositories, tmp_path):
+    """Also what was saved there, which then loads here."""
+    folders = {name: tmp_path / f"{name}_away" for name in OUTSIDE}
+    for name, folder in folders.items():
+        convert_checkpoint(repositories[name], folder, trust_remote_code=True)
+    again = {name: tmp_path / f"{name}_again" for name in OUTSIDE}
+    reports = visit_without_kromhc(tmp_path, {str(folder): again[name] for name, folder in folders.items()})
+    for name, folder in folders.items():
+        report = reports[str(folder)]
+        assert not report["installed"]
+        assert report["loading"] == []
+        assert report["class"] == [f"KromHC{OUTSIDE[name].model_class}", "transformers_modules"]
+        assert report["changed"]
+        assert report["reloaded_equal"]
+        assert report["third_equal"]
+        assert "trust_remote_code=True" in report["refused_before"]
+        assert "trust_remote_code=True" in report["refused_after"]
+        model = AutoModelForCausalLM.from_pretrained(again[name], trust_remote_code=True)
+        assert has_hyper_connections(model)
+        base = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        tokens = torch.tensor([[1, 5, 9, 3]])
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        assert report["greedy"] == base.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0].tolist()
+
+
+def test_a_package_that_registers_itself_needs_no_trust(tmp_path):
+    """As a lab's own: its classes are known to the Auto classes, and saved models to whoever imports it."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from support.bases.amber.configuration_amber import AmberConfig
+from support.bases.amber.modeling_amber import AmberForCausalLM, AmberModel
+from support.outside import AMBER, make_outside
+AutoConfig.register("amber", AmberConfig)
+AutoModel.register(AmberConfig, AmberModel)
+AutoModelForCausalLM.register(AmberConfig, AmberForCausalLM)
+import kromhc_hf
+kromhc_hf.register_family("amber", AMBER)
+folder, tokens = {str(tmp_path)!r}, torch.tensor([[1, 5, 9]])
+if sys.argv[1] == "save":
+    make_outside("amber").save_pretrained(folder + "/base")
+    report = kromhc_hf.convert_checkpoint(folder + "/base", folder + "/converted", verify=True)
+    assert report.bitwise_equal
+else:
+    model = AutoModelForCausalLM.from_pretrained(folder + "/converted")
+    assert kromhc_hf.has_hyper_connections(model) and type(model).__module__.startswith("kromhc_hf.")
+    kromhc_hf.remove_hyper_connections(model)
+    assert type(model) is AmberForCausalLM
+print("done")
+"""
+    for moment in ("save", "load"):
+        result = subprocess.run([sys.executable, "-c", script, moment], capture_output=True, text=True)
+        assert result.stdout.split() == ["done"], result.stderr
+
+
+def test_code_is_run_only_where_it_is_trusted(repositories, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked"))
+    with pytest.raises(ValueError, match=r"not in transformers but in .*\(--trust-remote-code\)"):
+        convert_checkpoint(repositories["amber"], tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+    convert_checkpoint(repositories["amber"], tmp_path / "converted", trust_remote_code=True)
+    with pytest.raises(ValueError, match="must be trusted"):
+        verify_conversion(repositories["amber"], tmp_path / "converted")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "converted", trust_remote_code=False)
+
+
+def test_a_repository_whose_row_nobody_wrote_is_refused(repositories, tmp_path):
+    unregister_family("amber")
+    with pytest.raises(ValueError, match="'amber'. Say what its layers look like with register_family"):
+        convert_checkpoint(repositories["amber"], tmp_path / "converted", trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            sequential(Sublayer("attn", "first_norm"), Sublayer("feed_forward", "second_norm")),
+            "module 'attn'; got None",
+        ),
+        (sequential(Sublayer("attention", "first_norm"), Sublayer("feed_forward")), "weights .* got 'second_norm'"),
+        (block(Sublayer("attention", "first_norm", scale="factor")), "factor 'factor'; got None"),
+        (sequential(Sublayer("attention"), Sublayer("feed_forward"), layers="blocks"), "layers at 'blocks'"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused_and_leaves_no_trace(row, message):
+    register_family("amber", row)
+    model = make_outside("amber")
+    cls, state, attributes = type(model), copy.deepcopy(model.state_dict()), set(vars(model))
+    with pytest.raises(ValueError, match=message) as error:
+        apply_hyper_connections(model)
+    assert "layer 0 (AmberLayer)" in str(error.value) or "AmberForCausalLM" in str(error.value)
+    assert type(model) is cls
+    assert set(vars(model)) == attributes
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    register_family("amber", AMBER)
+    assert torch.equal(apply_hyper_connections(model)(TOKENS).logits, make_outside("amber")(TOKENS).logits)
+
+
+def test_a_layer_of_another_class_is_refused():
+    register_family("basalt", BASALT, layer_class="AnotherBlock")
+    with pytest.raises(ValueError, match=r"layer 0 \(BasaltBlock\) must be a AnotherBlock"):
+        apply_hyper_connections(make_outside("basalt"))
+
+
+def test_a_row_that_depends_on_the_configuration_is_written_down_as_it_is(tmp_path):
+    register_family("amber", ByConfig(lambda config: AMBER, (AMBER,)))
+    model = apply_hyper_connections(make_outside("amber"))
+    model.save_pretrained(tmp_path)
+    unregister_family("amber")
+    BOUND.clear()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("llama", AMBER), "native class is supported"),
+        (("hrm_text", AMBER), "'hrm_text' is not supported: two stacks"),
+        (("two words", AMBER), "must be a name such as"),
+        (("mine", "self_attn"), "row must be a LayerSpec"),
+        (("mine", ()), "row must be a LayerSpec"),
+    ],
+)
+def test_what_no_row_can_be_registered_for(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        register_family(*arguments)
+    assert set(REGISTERED) == set(OUTSIDE)
+    with pytest.raises(ValueError, match="one that was registered"):
+        unregister_family(arguments[0])
+
+
+def test_a_file_of_the_base_by_the_name_of_one_of_ours_leaves_the_code_out(tmp_path):
+    model = apply_hyper_connections(make_outside("amber"))
+    (tmp_path / "modeling_amber.py").write_text("# somebody else's\n")
+    with pytest.warns(UserWarning, match=r"modeling_amber\.py bear names that are taken"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_amber.py").read_text() == "# somebody else's\n"
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_the_command_takes_a_file_with_the_row(repositories, tmp_path):
+    unregister_family("amber")
+    family = tmp_path / "family.py"
+    family.write_text(
+        "from kromhc_hf import register_family\n"
+        "from kromhc_hf.rows import Sublayer, sequential\n"
+        "row = sequential(Sublayer('attention', 'first_norm'), Sublayer('feed_forward', 'second_norm'))\n"
+        "register_family('amber', row)\n"
+    )
+    base, folder = str(repositories["amber"]), str(tmp_path / "converted")
+    run = CliRunner().invoke
+    arguments = ["convert", base, folder, "--family", str(family), "--json"]
+    refused = run(app, arguments)
+    assert refused.exit_code == 2
+    assert "--trust-remote-code" in refused.stderr
+    result = run(app, [*arguments, "--trust-remote-code"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["bitwise_equal"]
+    assert run(app, ["verify", base, folder, "--trust-remote-code"]).exit_code == 0
+    family.write_text("")
+    refused = run(app, [*arguments[:-1]])
+    assert "must register a row" in refused.stderr
+    refused = run(app, ["convert", base, folder, "--family", "nowhere.py"])
+    assert "does not exist" in refused.stderr
+
+
+def test_configurations_are_made_by_the_face():
+    config_class = import_module("support.bases.amber.configuration_amber").AmberConfig
+    config = kromhc_hf.KromHCConfig(backbone_config=config_class(), hc_num_streams=2)
+    assert type(config).__name__ == "KromHCAmberConfig"
+    assert isinstance(config, config_class)
+    assert type(config.to_backbone_config()) is config_class
+    with pytest.raises(ValueError, match=r"AmberConfig|amber"):
+        AutoConfig.for_model("kromhc_amber")
