@@ -74,15 +74,25 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
     def both(path: Callable) -> Callable:
         return lambda: torch.autograd.grad(path(streams), [streams, *parameters], cotangent)
 
+    def expanded(path: Callable) -> Callable:
+        return lambda: torch.autograd.grad(path(streams), [streams, *parameters], one.expand_as(streams))
+
+    one = cotangent[..., :1, :].contiguous()
     candidates = {"copy": lambda: target.copy_(streams.detach())}
     for name, path in paths.items():
         candidates[f"{name} forward"], candidates[f"{name} both"] = forward(path), both(path)
+        candidates[f"{name} expanded"] = expanded(path)
     seconds = in_turn(candidates, options)
 
     size = streams.element_size() * options.tokens * options.hidden_size
     copy_rate = [2 * n * size / second for second in seconds["copy"]]
     # Elements per token and C that must move: reading and writing, and back again.
-    ideal = {"forward": 3 * n + 2, "both": 7 * n + 5}
+    ideal = {"forward": 3 * n + 2, "both": 7 * n + 5, "expanded": 7 * n + 5}
+    passes = {
+        "forward": "forward",
+        "both": "forward + backward",
+        "expanded": "forward + backward, one gradient for all streams",
+    }
     rows = []
     for name, path in paths.items():
         for part, elements in ideal.items():
@@ -93,7 +103,7 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
                 {
                     "n": n,
                     "path": name,
-                    "pass": "forward" if part == "forward" else "forward + backward",
+                    "pass": passes[part],
                     "ms": 1e3 * min(taken),
                     "times eager": ratio(seconds[f"eager {part}"], taken),
                     "copies": ratio(taken, seconds["copy"]),

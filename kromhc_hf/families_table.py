@@ -28,8 +28,10 @@ class FamilyRow(NamedTuple):
 
 
 def families_table() -> list[FamilyRow]:
-    """One row per model type of the installed transformers: causal language models, models of several modalities, and
-    those that are refused, each part in alphabetical order."""
+    """One row per model type of the installed transformers: causal ones, those of several modalities, refused ones.
+
+    Each part is in alphabetical order.
+    """
     return [row for row in _all_families() if has_family(row.model_type)]
 
 
@@ -55,11 +57,9 @@ def families_markdown() -> str:
     refused = [row for row in rows if not row.supported]
     lines = [f"{len(text)} model types of `AutoModelForCausalLM` in transformers {numbered(NEWEST)} are supported:", ""]
     lines += ["| logits after conversion | model types |", "|---|---|", *_grouped(text, "exactness")]
-    lines += [
-        "",
-        f"So are {len(composite)} of `AutoModelForImageTextToText` and `AutoModelForMultimodalLM`, whose text",
-    ]
-    lines += [f"model gets the streams; logits are {EXACT}, or {REORDERED} ({reordered}):", ""]
+    auto = "`AutoModelForImageTextToText` and `AutoModelForMultimodalLM`"
+    lines += ["", f"So are {len(composite)} of {auto}, whose text model gets the"]
+    lines += [f"streams; logits are {EXACT}, or {REORDERED} ({reordered}):", ""]
     lines += ["| text model, by default | model types |", "|---|---|", *_grouped(composite, "text_model")]
     lines += ["", f"{len(refused)} are refused:", ""]
     lines += ["| reason | model types |", "|---|---|", *_grouped(refused, "description")]

@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from ..modeling.host import load_tensors
+from ..modeling.host import load_tensors, tie_missing
 from .files import find_weights, read_json
 from .tensor_files import read_pickled
 
@@ -99,7 +99,7 @@ def check_tensors(
     conversions: Any = get_model_conversion_mapping(model)
     with quiet_loading():
         info = load_tensors(model, stored, LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=conversions))
-        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        tie_missing(model, info.missing_keys)
     model._adjust_missing_and_unexpected_keys(info)
     unexpected = stored.keys() & set(besides)
     if only is not None:

@@ -350,6 +350,7 @@ def _make_composite_class(model_type: str, backbone_class: Any) -> type[KromHCCo
     def __init__(self: Any, *, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
         self.check_keywords(kwargs, backbone_config)
         fields = {key: kwargs.pop(key) for key in FIELDS if key in kwargs}
+        kwargs.pop("model_type", None)  # of the file; some families would hand it on to their text part
         if backbone_config is None:
             # Families look at the model type of their text part, and make it of a class that they name.
             parts = {key: _without_streams(part) for key, part in kwargs.items()}
@@ -360,7 +361,8 @@ def _make_composite_class(model_type: str, backbone_class: Any) -> type[KromHCCo
             for key, value in kwargs.items():
                 setattr(self, key, value)
         setattr(self, self.text_key, KromHCConfig(backbone_config=self.get_text_config(), **fields))
-        self.validate()
+        if backbone_config is not None and kwargs:
+            self.validate()
         self.validate_hyper_connections()
 
     cls.__init__ = __init__

@@ -7,6 +7,7 @@ that of the text model inside, and those text models that are nothing else are i
 others because it is one table, in which every row has its neighbours beside it.
 """
 
+from collections import ChainMap
 from dataclasses import replace
 from typing import Any
 
@@ -178,6 +179,9 @@ INKLING = sequential(
     Sublayer(("self_attn", "attn_sconv"), "input_layernorm"),
     Sublayer(("mlp", "mlp_sconv"), "post_attention_layernorm", attention=True),
 )
+KOSMOS = sequential(
+    Sublayer("self_attn", "self_attn_layer_norm", post=("dropout",)), Sublayer("ffn", "final_layer_norm")
+)
 NORM_AFTER = sequential(
     Sublayer("self_attn", post=("input_layernorm",)), Sublayer("mlp", post=("post_attention_layernorm",))
 )
@@ -311,21 +315,21 @@ SUPPORTED: dict[str, Row] = {
 
 # Text models that AutoModelForCausalLM does not know by themselves.
 INSIDE: dict[str, Row] = {
-    **rows("cosmos3_edge_text deepseek_ocr2_text glm4v_moe_text hunyuan_vl_text paddleocr_vl_text", LLAMA),
+    **rows("cosmos3_edge_text deepseek_ocr2_text glm4v_moe_text hunyuan_vl_text mistral_large4_text", LLAMA),
     **rows(
         "qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text qwen3_vl_text qwen3_vl_moe_text qwen3_omni_moe_text", LLAMA
     ),
-    **rows("step3p5 unlimited_ocr_text", LLAMA),
+    **rows("paddleocr_vl_text step3p5 unlimited_ocr_text", LLAMA),
     "emu3_text_model": PERSIMMON,
     "ernie4_5_vl_moe_text": ERNIE_VL,
     **rows("glm4v_text glm_ocr_text", GLM4),
     "granite_docling_text": GRANITE,
-    "mistral_large4_text": LLAMA,
+    **rows("kosmos_2_text_model kosmos_2_5_text_model", KOSMOS),
     "molmo2_text": ByConfig(molmo2, (LLAMA, NORM_AFTER)),
     "muse_glimmer_text": SANDWICH,
 }
 # The row of every type of text model.
-ROWS: dict[str, Row] = {**SUPPORTED, **INSIDE}
+ROWS = ChainMap(SUPPORTED, INSIDE)
 
 
 def around(text_model: str, names: str) -> dict[str, str]:
@@ -363,6 +367,8 @@ COMPOSITE: dict[str, str] = {
     **around("deepseek_v3", "kimi_k25"),
     **around("emu3_text_model", "emu3"),
     **around("exaone4", "exaone4_5"),
+    **around("kosmos_2_text_model", "kosmos-2"),
+    **around("kosmos_2_5_text_model", "kosmos-2.5"),
     **around("gemma", "paligemma"),
     **around("hyperclovax", "hyperclovax_vision_v2"),
     **around("inkling_text", "inkling_mm_model"),
@@ -400,8 +406,9 @@ REFUSED: dict[str, str] = {
     **reasons("beam doge minimax zaya", SCALED_RESIDUAL),
     **reasons("deepseek_v4 gemma3n_text hy_v4 qwen4_exp_text", SEVERAL_STREAMS),
     **reasons("gemma3n glm5_next hy_v4_vl qwen4_exp", "its text model has several residual streams already"),
-    **reasons("chameleon kyutai_speech_to_text mistral4 pi0", FLAT),
-    **reasons("kosmos-2 kosmos-2.5", "its text model has no name by which AutoModel knows it"),
+    **reasons("chameleon kyutai_speech_to_text", FLAT),
+    "mistral4": "a text model without an entry of its own in AutoModelForCausalLM",
+    "pi0": "it turns noise into the actions of a robot, in two models that share their attention",
     **{
         name: f"speech is made by further models, which read the states of its {name}_thinker; give that to "
         "apply_hyper_connections: model.thinker"

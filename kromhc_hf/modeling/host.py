@@ -100,6 +100,17 @@ def load_tensors(model: Any, tensors: dict[str, Any], loading: Any) -> Any:
     return convert_and_load_state_dict_in_model(model, tensors, loading, **plan)[0]
 
 
+def tie_missing(model: Any, missing: set[str]) -> None:
+    """Takes out of `missing` what a model on the meta device ties to tensors that are there."""
+    tied = model.all_tied_weights_keys
+    # Where both are there, transformers compares their values, which meta tensors do not have.
+    model.all_tied_weights_keys = {one: other for one, other in tied.items() if {one, other} & missing}
+    try:
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    finally:
+        model.all_tied_weights_keys = tied
+
+
 def written(function: Any) -> Any:
     """A forward as it stands in its file, without decorators, also those that do not say what they wrap."""
     function = inspect.unwrap(function)

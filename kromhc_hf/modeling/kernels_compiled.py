@@ -75,7 +75,8 @@ class Write(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         streams, h_res, h_post, branch_output = ctx.saved_tensors
-        grad = grad.to(h_res.dtype)
+        # Also where it is one gradient for all streams, for the batched product.
+        grad = grad.to(h_res.dtype).contiguous()
         mixed, output = torch.zeros_like(grad), torch.zeros_like(grad[:, 0])
         for i, row in enumerate(grad.unbind(1)):
             mixed = torch.addcmul(mixed, h_res[:, i].unsqueeze(-1), row.unsqueeze(1))

@@ -122,6 +122,8 @@ class DepthConnection(torch.autograd.Function):
         h_post, branch_output = ctx.saved_tensors
         grad_h_post, grad_output = None, None
         with without_autocast(grad):
+            # One gradient for all streams, as behind a sum over them, would send batched products into a slow loop.
+            grad = grad.contiguous()
             tokens = grad.flatten(0, -3)
             if torch.is_grad_enabled():
                 wide = cast(tokens, h_post.dtype)

@@ -13,17 +13,17 @@ from .outside_families import OutsideFamily, is_from_outside, outside_family
 
 
 def supported_model_types() -> tuple[str, ...]:
-    """The model types of `AutoModelForCausalLM` that can be given hyper-connections, in alphabetical order.
+    """The model types of `AutoModelForCausalLM` in the installed transformers that can be given hyper-connections.
 
-    They are those of the installed transformers.
+    In alphabetical order.
     """
     return tuple(sorted(filter(has_family, SUPPORTED)))
 
 
 def composite_model_types() -> tuple[str, ...]:
-    """The model types of several modalities that can be given hyper-connections, in alphabetical order.
+    """The model types of several modalities in the installed transformers that can be given hyper-connections.
 
-    They are those of the installed transformers.
+    In alphabetical order.
     """
     return tuple(sorted(filter(has_family, COMPOSITE)))
 

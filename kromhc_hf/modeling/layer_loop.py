@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .host import written
+
 
 class LayerLoop(NamedTuple):
     """One loop over layers in the forward of a model.
@@ -81,7 +83,7 @@ def _on_every_stream(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _definition(method: Any) -> ast.FunctionDef | None:
     """A method that takes a tensor, as it is written; None where that cannot be read."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(method))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(written(method))))
     except (OSError, TypeError):
         return None
     found = next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)

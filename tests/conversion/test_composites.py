@@ -196,6 +196,8 @@ def test_runs_where_the_package_is_not_installed(model_type, classes, tmp_path):
     torch.save(composite_inputs(model_type, model), tmp_path / "inputs")
     paths = (tmp_path / "trained", tmp_path / "inputs", tmp_path / "again")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    # Of more threads, some would sum in another order.
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     done = subprocess.run(
         [sys.executable, "-c", REMOTE, *paths], capture_output=True, text=True, env=environment, check=False
     )

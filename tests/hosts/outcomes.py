@@ -8,13 +8,20 @@ from typing import Any
 
 # In the order of the columns.
 CHECKS = {
-    "logits": "logits of a fresh conversion, bitwise",
-    "generation": "cached generation with left padding, bitwise",
-    "records": "recorded hidden states and attentions, bitwise",
-    "saving": "saved and loaded again with separate streams",
-    "checkpointing": "gradients with activation checkpointing, bitwise",
-    "from_newest": "saved on the newest release, loaded here without the package",
-    "to_newest": "saved here, loaded on the newest release without the package",
+    "logits": "a fresh conversion computes the base's logits, bitwise",
+    "generation": "so does generation with a cache and left padding",
+    "records": "so are hidden states and attentions that are recorded",
+    "saving": "a model with separate streams is saved, loaded, and computes the same bits",
+    "checkpointing": "its gradients are the same bits with activation checkpointing, and reach all hyper-connections",
+    "from_newest": "saved on the newest release, it loads here without the package and computes and generates the same",
+    "to_newest": "saved here, it does so on the newest release",
+}
+# Of models of several modalities, by the tests of tests/modeling/test_composite_models.py.
+COMPOSITE_CHECKS = {
+    "image": "logits with an image or sound are the base's, bitwise at n = 3 and 4, and removal gives the base back",
+    "image, generation": "so does generation with a cache and left padding",
+    "image, saving": "a model with separate streams is saved and loaded by the Auto class, and base keys stay",
+    "image, checkpointing": "its gradients are the same with activation checkpointing",
 }
 
 
@@ -82,27 +89,46 @@ def ours(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The results of all releases in Markdown, and under it the reason of each cell that does not say yes."""
-    lines = [f"| transformers | variants | {' | '.join(CHECKS.values())} |", "|---" * (len(CHECKS) + 2) + "|"]
-    notes: list[str] = []
+def tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results of all releases in Markdown: of text models, and of models of several modalities."""
+    return "\n".join([*_table(summaries, CHECKS), "", *_table(summaries, COMPOSITE_CHECKS)]).rstrip()
+
+
+def _table(summaries: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
+    """One table, and under it the reason of each cell that does not say yes."""
+    lines = [f"| transformers | variants | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for release, checks in summaries.items():
-        cells = [_cell(release, check, checks.get(check), notes) for check in CHECKS]
-        lines.append(f"| {release} | {checks['logits']['variants']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *notes])
+        cells = [_cell(checks.get(check)) for check in columns]
+        variants = next((checks[check]["variants"] for check in columns if check in checks), "")
+        lines.append(f"| {release} | {variants} | {' | '.join(cells)} |")
+    legend = [f"- **{check}**: {meaning}." for check, meaning in columns.items()]
+    return [*lines, "", *legend, "", *_notes(summaries, columns)]
 
 
-def _cell(release: str, check: str, summary: Mapping[str, Any] | None, notes: list[str]) -> str:
+def _cell(summary: Mapping[str, Any] | None) -> str:
     if summary is None:
-        return ""
-    if not summary["reasons"]:
-        return "yes"
-    for reason, names in summary["reasons"].items():
+        return ""  # models are exchanged with this release
+    return f"{summary['passed']} of {summary['variants']}" if summary["reasons"] else "yes"
+
+
+def _notes(summaries: Mapping[str, Mapping[str, Any]], columns: Iterable[str]) -> list[str]:
+    """One line for each reason: whose it is, the variants, and where it was found."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for release, checks in summaries.items():
+        for check in columns:
+            for reason, names in checks.get(check, {"reasons": {}})["reasons"].items():
+                found[reason, ", ".join(names)][release].append(check)
+    lines = []
+    for (reason, names), places in found.items():
         whose, _, what = reason.partition(": ")
         blame = "the native model as well" if whose == "native" else "**ours alone**"
-        what = what.replace("|", "\\|").replace("<", "&lt;")
-        notes.append(f"- {release}, {CHECKS[check]}: {', '.join(names)} ({blame}): {what}")
-    return f"{summary['passed']} of {summary['variants']}"
+        # Releases with the same checks stand together.
+        together: dict[str, list[str]] = defaultdict(list)
+        for release, failed in places.items():
+            together[", ".join(failed)].append(release)
+        where = "; ".join(f"{', '.join(releases)}: {failed}" for failed, releases in together.items())
+        lines.append(f"- {names}, {blame}: {what.replace('<', '&lt;').rstrip('.:')}. ({where})")
+    return lines
 
 
 def merged(parts: Iterable[Results]) -> dict[str, dict[str, Outcome]]:

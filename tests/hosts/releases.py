@@ -1,8 +1,8 @@
 """Releases of transformers, each in a folder of its own that goes in front of the installed packages."""
 
+import contextlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -67,9 +67,8 @@ def install(release: str) -> Path:
             others = _other_requirements(target)
             if others:
                 _pip("install", "--quiet", "--target", str(target), "--no-deps", *others)
-            # Another process may have been faster.
-            if not folder.is_dir():
-                shutil.move(target, folder)
+            with contextlib.suppress(OSError):  # another process was faster
+                target.rename(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from hosts.outcomes import Outcome, merged, ours, table, to_json
+from hosts.outcomes import Outcome, merged, ours, tables, to_json
 from hosts.releases import ROOT, environment, matrix, number
 
 
@@ -77,6 +77,8 @@ def run(releases: Sequence[str], variants: Sequence[str], work: Path) -> dict[st
     for release in reversed(releases):
         start = time.perf_counter()
         parts = [sweep(release, work, variants)]
+        if not variants:
+            parts.append(process("composites.py", release, [], work))
         if release != newest:
             parts += [across(newest, release, "from_newest", work), across(release, newest, "to_newest", work)]
         found[release] = to_json(merged(parts))
@@ -104,7 +106,7 @@ def write(page: Path, summaries: dict[str, dict[str, Any]]) -> None:
 def shown(content: dict[str, Any]) -> str:
     """The results in Markdown: when and with what they were found, and the table."""
     head = f"Found on {content['date']} by `make hosts`, with torch {content['torch']} on Python {content['python']}."
-    return f"{head}\n\n{table(content['releases'])}"
+    return f"{head}\n\n{tables(content['releases'])}"
 
 
 def main() -> int:
@@ -118,7 +120,7 @@ def main() -> int:
         summaries = run(releases, options.variant, Path(work))
     if options.write is not None:
         write(options.write, summaries)
-    print(table(summaries))
+    print(tables(summaries))
     failures = ours(summaries)
     for failure in failures:
         print(failure, file=sys.stderr)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hosts.outcomes import CHECKS, Outcome, compare, merged, ours, table, to_json
+from hosts.outcomes import CHECKS, COMPOSITE_CHECKS, Outcome, compare, merged, ours, tables, to_json
 from hosts.releases import FLOOR, ROOT, install, newest
 from hosts.run import BEGIN, END, across, process, run, shown
 
@@ -78,14 +78,26 @@ def test_a_failure_is_ours_where_the_native_model_passes():
 
 def test_the_table_gives_the_reason_for_every_cell_that_is_not_yes():
     passed = {check: {"llama": Outcome(), "dbrx": Outcome()} for check in CHECKS}
-    old = merged([passed, {"generation": {"dbrx": Outcome("RuntimeError: a | b", native=True)}}])
-    newer = merged([passed, {"saving": {"llama": Outcome("loaded logits differ")}}])
+    old = merged([passed, {"generation": {"dbrx": Outcome("RuntimeError: a", native=True)}}])
+    several = {check: {"llava": Outcome()} for check in COMPOSITE_CHECKS}
+    newer = merged([passed, {"saving": {"llama": Outcome("loaded logits differ")}}, several])
     summaries = {"5.6.2": to_json(old), "5.24.0": to_json(newer)}
     assert ours(summaries) == ["5.24.0, saving, llama: loaded logits differ"]
-    lines = table(summaries).splitlines()
+    lines = tables(summaries).splitlines()
     assert lines[2] == f"| 5.6.2 | 2 | yes | 1 of 2 |{' yes |' * 5}"
     assert lines[3] == f"| 5.24.0 | 2 | yes | yes | yes | 1 of 2 |{' yes |' * 3}"
-    assert lines[5:] == [
-        f"- 5.6.2, {CHECKS['generation']}: dbrx (the native model as well): RuntimeError: a \\| b",
-        f"- 5.24.0, {CHECKS['saving']}: llama (**ours alone**): loaded logits differ",
+    composite = lines.index("| 5.24.0 | 1 | yes | yes | yes | yes |")
+    assert lines[composite - 1] == "| 5.6.2 |  |  |  |  |  |"
+    assert lines[composite - 6 : composite - 4] == [
+        "- dbrx, the native model as well: RuntimeError: a. (5.6.2: generation)",
+        "- llama, **ours alone**: loaded logits differ. (5.24.0: saving)",
     ]
+
+
+def test_the_same_reason_on_several_releases_is_one_line():
+    passed = {check: {"dbrx": Outcome()} for check in CHECKS}
+    failed = {check: {"dbrx": Outcome("size", native=True)} for check in ("logits", "saving")}
+    found = {release: to_json(merged([passed, failed])) for release in ("5.6.2", "5.10.4")}
+    found["5.13.1"] = to_json(merged([passed, {"logits": failed["logits"]}]))
+    (line,) = [line for line in tables(found).splitlines() if line.startswith("- dbrx")]
+    assert line == "- dbrx, the native model as well: size. (5.6.2, 5.10.4: logits, saving; 5.13.1: logits)"

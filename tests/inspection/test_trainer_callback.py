@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.runs import losses, make_trainer, retrofitted
+from support.runs import CHECKPOINTING, losses, make_trainer, retrofitted
 from support.tiny import configurations, make_model, token_ids
 from transformers import TrainerCallback
 
@@ -204,7 +204,7 @@ def test_totals_alone(tmp_path):
     [
         pytest.param({}, id="plain"),
         pytest.param({"gradient_accumulation_steps": 2}, id="accumulation"),
-        pytest.param({"activation_checkpointing": True}, id="checkpointing"),
+        pytest.param({CHECKPOINTING: True}, id="checkpointing"),
     ],
 )
 def test_metrics_change_no_loss(tmp_path, options):

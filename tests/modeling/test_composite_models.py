@@ -100,9 +100,8 @@ def padded(model_type, model):
     for name, filler in (("input_ids", model.config.get_text_config().pad_token_id or 0), ("attention_mask", 0)):
         inputs[name] = torch.cat([torch.full((2, 2), filler), inputs[name]], 1)
     inputs["input_ids"][1, :2], inputs["attention_mask"][1, :2] = 7, 1
-    if "mm_token_type_ids" in inputs:
-        types = inputs["mm_token_type_ids"]
-        inputs["mm_token_type_ids"] = torch.cat([torch.zeros(2, 2, dtype=types.dtype), types], 1)
+    for name in {"mm_token_type_ids", "image_embeds_position_mask"} & inputs.keys():
+        inputs[name] = torch.cat([torch.zeros(2, 2, dtype=inputs[name].dtype), inputs[name]], 1)
     return inputs
 
 

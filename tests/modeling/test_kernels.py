@@ -174,6 +174,17 @@ def test_layouts_of_the_streams(layout: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(out, streams, cotangent)[0], expected["streams"])
 
 
+@pytest.mark.parametrize("dim", [-3, -2, -1])
+@pytest.mark.parametrize("kernel", ["torch", "reference"])
+def test_expanded_gradients(kernel: str, dim: int) -> None:
+    """As behind a sum over tokens, streams or features: the same bits as from the gradient written out."""
+    module, streams = randomised("kromhc", 4, 24, kernel=kernel), torch.randn(2, 9, 4, 24)
+    expanded = torch.randn(2, 9, 4, 24).narrow(dim, 0, 1).expand(2, 9, 4, 24)
+    dense, found = (step(module, streams, cotangent) for cotangent in (expanded.contiguous(), expanded))
+    for name, value in found.items():
+        assert torch.equal(value, dense[name]), name
+
+
 def test_saves_the_streams_the_branch_output_and_little_else() -> None:
     module, streams = HyperConnection(256, 4), torch.randn(1, 32, 4, 256, requires_grad=True)
     output = torch.randn(1, 32, 256, requires_grad=True)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.runs import losses, make_trainer, retrofitted
+from support.runs import CHECKPOINTING, losses, make_trainer, retrofitted
 from support.tiny import configurations, make_model, token_ids
 
 from kromhc_hf import KromHCConfig, StreamMetricsCallback, apply_hyper_connections, optimizer_param_groups
@@ -213,9 +213,7 @@ def test_metrics_of_a_compiled_trainer(tmp_path):
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "options", [{"bf16": True}, {"activation_checkpointing": True, "bf16": True}], ids=["bf16", "both"]
-)
+@pytest.mark.parametrize("options", [{"bf16": True}, {CHECKPOINTING: True, "bf16": True}], ids=["bf16", "both"])
 def test_trainer_in_mixed_precision_keeps_parameters_in_float32(tmp_path, options):
     trainer = make_trainer(tmp_path, retrofitted(), **options)
     trainer.train()

@@ -8,7 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.adapters import FAMILIES, adapter_config, base_model, perturb
-from support.runs import losses, make_trainer, retrofitted
+from support.runs import CHECKPOINTING, losses, make_trainer, retrofitted
 from support.tiny import token_ids
 from transformers import AutoModelForCausalLM
 
@@ -56,7 +56,7 @@ def test_adapter_trains_alone_and_in_float32():
     assert all(p.grad is None for p in base.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("options", [{}, {CHECKPOINTING: True}], ids=["plain", "checkpointing"])
 def test_trainer_trains_the_adapter_and_resumes_exactly(tmp_path, options):
     def trainer(folder, **more):
         return make_trainer(folder, get_peft_model(base_model(), adapter_config()), **options, **more)

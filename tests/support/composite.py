@@ -258,6 +258,12 @@ CASES = {
         PIXELS,
     ),
     "kimi_k25": (4, {}, SQUARES),
+    "kosmos-2": (4, {"latent_query_num": 4}, PIXELS),
+    "kosmos-2.5": (
+        4,
+        {"latent_query_num": 4, "vision_config": {"patch_embed_hidden_size": 147}},
+        {"flattened_patches": (2, 16, 2 + 147)},
+    ),
     "lfm2_vl": (
         4,
         {},
@@ -403,12 +409,23 @@ def composite_inputs(model_type: str, model) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 80, (2, 6 + places), generator=generator)
     ids[:, 2 : 2 + places] = PLACE
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
+    known = inspect.signature(type(model).forward).parameters
+    if "mm_token_type_ids" in known:
         inputs["mm_token_type_ids"] = (ids == PLACE).int()
+    if "image_embeds_position_mask" in known:
+        inputs["image_embeds_position_mask"] = ids == PLACE
     for name, value in others.items():
         random = isinstance(value, tuple)
-        inputs[name] = torch.randn(value, generator=generator) if random else torch.tensor(value)
+        inputs[name] = noise(name, value, generator) if random else torch.tensor(value)
     return inputs
+
+
+def noise(name: str, shape, generator: torch.Generator) -> torch.Tensor:
+    """Random numbers; patches that say where they are do so first."""
+    values = torch.randn(shape, generator=generator)
+    if name == "flattened_patches":
+        values[..., :2] = 1
+    return values
 
 
 def make_composite(model_type: str, seed: int = 0):
@@ -428,6 +445,6 @@ def other_image(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same inputs with another image or sound."""
     generator = torch.Generator().manual_seed(2)
     return {
-        name: torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+        name: noise(name, value.shape, generator) if value.is_floating_point() else value
         for name, value in inputs.items()
     }

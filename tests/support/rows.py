@@ -7,7 +7,7 @@ from support.tiny import configurations, make_model, token_ids
 
 from kromhc_hf import apply_hyper_connections
 from kromhc_hf.modeling import configuration_kromhc
-from kromhc_hf.modeling.families import ROWS, SUPPORTED
+from kromhc_hf.modeling.families import SUPPORTED
 
 
 def fitting_row(model_type: str) -> str | None:
@@ -24,7 +24,7 @@ def fitting_row(model_type: str) -> str | None:
     with torch.no_grad():
         native = make_model(copy.deepcopy(config))(input_ids=ids, use_cache=False).logits
         for name, row in tuple(SUPPORTED.items()):
-            ROWS[model_type] = row
+            SUPPORTED[model_type] = row
             try:
                 model = apply_hyper_connections(make_model(copy.deepcopy(config)))
                 if torch.equal(model(input_ids=ids, use_cache=False).logits, native):
@@ -32,7 +32,7 @@ def fitting_row(model_type: str) -> str | None:
             except Exception:  # a row of another family may fail in any way
                 continue
             finally:
-                del ROWS[model_type]
+                del SUPPORTED[model_type]
                 configuration_kromhc._CLASSES.pop(model_type, None)
     return None
 

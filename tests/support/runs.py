@@ -11,6 +11,12 @@ from transformers import Trainer, TrainingArguments
 from kromhc_hf import apply_hyper_connections
 
 
+# What the Trainer of a release calls it.
+CHECKPOINTING = (
+    f"{'activation' if hasattr(TrainingArguments, 'activation_checkpointing') else 'gradient'}_checkpointing"
+)
+
+
 class Tokens(Dataset):
     """Random sequences of one length, the same for the same index."""
 

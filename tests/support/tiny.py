@@ -48,6 +48,7 @@ SMALL = {
 # By the names that every release takes.
 MAMBA_THEN_ATTENTION = {"layer_types": ["mamba", "attention", "mamba"]}
 LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+KOSMOS_SIZES = {"embed_dim": 32, "layers": 3, "attention_heads": 4, "ffn_dim": 48}
 CONVOLUTION_THEN_FULL = {"layer_types": ["conv", "full_attention", "conv"]}
 SLIDING_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 GPT2_SIZES = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
@@ -128,6 +129,8 @@ SPECIAL: dict[str, list[dict]] = {
     "inkling_text": [{"mlp_layer_types": ["dense", "sparse", "sparse"], "local_layer_ids": [0, 2]}],
     "jamba": [{"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}],
     "kimi_linear": [LINEAR_THEN_FULL],
+    "kosmos_2_text_model": [KOSMOS_SIZES],
+    "kosmos_2_5_text_model": [KOSMOS_SIZES],
     "lfm2": [CONVOLUTION_THEN_FULL],
     "lfm2_moe": [{**CONVOLUTION_THEN_FULL, "num_dense_layers": 1}],
     "lfm3": [CONVOLUTION_THEN_FULL],

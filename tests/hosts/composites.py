@@ -1,0 +1,80 @@
+"""Runs the tests of models of several modalities on the release in front of the path: `composites.py OUTPUT`.
+
+What the release's own model cannot do is told from what is ours: it is run first, on the same inputs.
+"""
+
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest
+import torch
+import transformers
+from hosts.outcomes import COMPOSITE_CHECKS, Outcome, words
+from support.composite import composite_inputs, make_composite
+
+from kromhc_hf import composite_model_types
+
+
+FUNCTIONS = (
+    "test_logits_with_an_image_and_the_way_back",
+    "test_generation_with_cache_and_left_padding",
+    "test_saved_and_loaded_with_streams_apart",
+    "test_gradients_under_checkpointing",
+)
+TESTS = Path(__file__).resolve().parents[1] / "modeling" / "test_composite_models.py"
+
+
+class Collector:
+    """What came out of each test, by the name of its function and by model type."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, dict[str, str]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when != "call" and report.passed:
+            return
+        test, _, model_type = report.nodeid.rpartition("::")[2].rstrip("]").partition("[")
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = "" if report.passed else str(getattr(crash, "message", report.longrepr)).splitlines()[0][:160]
+        self.reasons.setdefault(test, {})[model_type] = reason
+
+
+@torch.no_grad()
+def native_failure(model_type: str) -> str:
+    """Why the release's own model cannot be run, and nothing if it can."""
+    try:
+        model = make_composite(model_type)
+        model(**composite_inputs(model_type, model), use_cache=False)
+    except Exception as error:
+        return words(error)
+    return ""
+
+
+def outcomes() -> dict[str, dict[str, Outcome]]:
+    """Of every check and every model type that the release has."""
+    collector = Collector()
+    pytest.main(["-q", "-p", "no:cacheprovider", str(TESTS)], plugins=[collector])
+    native = {model_type: native_failure(model_type) for model_type in composite_model_types()}
+    results: dict[str, dict[str, Outcome]] = {}
+    for check, test in zip(COMPOSITE_CHECKS, FUNCTIONS, strict=True):
+        for model_type, failure in native.items():
+            reason = collector.reasons[test].get(model_type, failure or "was not run")
+            results.setdefault(check, {})[model_type] = Outcome(failure or reason, native=bool(failure))
+    return results
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found = outcomes()
+    serial = {check: {name: dataclasses.asdict(o) for name, o in row.items()} for check, row in found.items()}
+    Path(sys.argv[1]).write_text(json.dumps({"version": transformers.__version__, "results": serial}))
