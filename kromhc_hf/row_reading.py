@@ -3,6 +3,8 @@
 The forward is followed statement by statement, knowing of each variable whether it holds the residual or what modules
 have made of it. What is added to the residual is a branch, and becomes a step in the words of `layer_spec`. Anything
 else is refused with its line.
+
+It is longer than other files because it is one reader, with a rule for each kind of statement and expression.
 """
 
 import ast
