@@ -5,6 +5,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .modeling.configuration_kromhc import PREFIX, KromHCConfig
+from .modeling.host import forget_model_type
 from .modeling.layer_spec import Row
 from .modeling.outside_families import REGISTERED, checked_family
 
@@ -43,4 +44,4 @@ def unregister_family(model_type: str) -> None:
         known = ", ".join(sorted(REGISTERED)) or "there is none"
         raise ValueError(f"model_type must be one that was registered ({known}); got {model_type!r}.")
     del REGISTERED[model_type]
-    CONFIG_MAPPING._extra_content.pop(PREFIX + model_type, None)
+    forget_model_type(PREFIX + model_type)

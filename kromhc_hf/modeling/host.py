@@ -208,6 +208,11 @@ def config_class_of(model_type: str) -> Any:
     )
 
 
+def forget_model_type(model_type: str) -> None:
+    """Undoes the registration of a model type with AutoConfig, if there was one."""
+    CONFIG_MAPPING._extra_content.pop(model_type, None)
+
+
 def config_class_name(model_type: str) -> str:
     """The name of that class, without importing it."""
     return (
