@@ -12,6 +12,7 @@ from .conversion.hub import push_checkpoint, push_folder
 from .conversion.hyper_connection_file import load_hyper_connections, push_hyper_connections, save_hyper_connections
 from .conversion.report import ConversionReport
 from .conversion.verification import verify_conversion
+from .derivation import derive_family
 from .growing import Growth, grow_streams
 from .inspection.inspection import inspect_checkpoints, inspect_model
 from .inspection.recording import BranchRecord, record_mappings
@@ -78,6 +79,7 @@ __all__ = [
     "composite_model_types",
     "convert_checkpoint",
     "count_parameters",
+    "derive_family",
     "doubly_stochastic_error",
     "expand",
     "freeze_backbone",

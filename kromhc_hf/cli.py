@@ -46,6 +46,7 @@ from .conversion.report import ConversionReport, report_rows
 from .conversion.verification import verify_conversion
 from .demo import run_demo
 from .families_table import families_table
+from .how_handled import how_handled
 from .inspection.inspection import Inspection, inspect_checkpoints
 from .inspection.plots import require_matplotlib
 from .inspection.report import write_report
@@ -78,6 +79,9 @@ def convert(
     private: Private = False,
     family: Family = None,
     trust_remote_code: TrustCode = False,
+    derive: Annotated[
+        bool, typer.Option("--derive", help="Load the base and read from its source what its layers look like.")
+    ] = False,
     verify: Annotated[bool, typer.Option(help="Run both models and compare them.")] = True,
     as_json: AsJson = False,
     **options: Any,
@@ -109,6 +113,7 @@ def convert(
             base_model=base_model,
             verify=verify,
             trust_remote_code=trust_remote_code,
+            derive=derive,
             progress=advance,
             **options,
         )
@@ -242,14 +247,22 @@ def demo(
 
 
 @app.command()
-def families(as_json: AsJson = False) -> None:
-    """List the model types that are supported, and those that are refused with the reason."""
-    rows = families_table()
+def families(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a model, to tell about it alone.")] = None,
+    family: Family = None,
+    trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the model types that are supported, and those that are refused with the reason; or tell how a model is."""
+    run_family_file(family)
+    rows = families_table() if model is None else [how_handled(model, trust_remote_code)]
     if as_json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
         return
     for supported, title in ((True, "supported"), (False, "refused")):
         part = [row for row in rows if row.supported == supported]
+        if not part:
+            continue
         table = Table(title=f"{len(part)} model types {title}", title_justify="left")
         table.add_column("model type", no_wrap=True)
         table.add_column("residual steps" if supported else "reason", overflow="fold")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..derivation import derive_family, load_for_reading
 from ..modeling.configuration_kromhc import KromHCConfig
 from ..modeling.model_card import model_card
 from ..modeling.options import StreamKeywords, StreamOptions, given_options, show_options
@@ -55,6 +56,7 @@ def convert_checkpoint(
     base_model: str | None = None,
     verify: bool = False,
     trust_remote_code: bool = False,
+    derive: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **options: "Unpack[StreamKeywords]",
 ) -> ConversionReport:
@@ -78,6 +80,8 @@ def convert_checkpoint(
         verify: whether to run base and converted model before the destination appears, see `verify_conversion`.
         trust_remote_code: whether code in the source may be run, for a family that `register_family` has a row of and
             whose code is not in transformers. For families of transformers none ever is.
+        derive: whether to load the base and read a row from its source, where no row describes its family; see
+            `derive_family`.
         progress: called with the bytes done so far and in all.
         **options: of the hyper-connections, see `StreamOptions`.
 
@@ -93,6 +97,8 @@ def convert_checkpoint(
     base = BaseCheckpoint.open(
         *(source, revision, base_model), subfolder=subfolder, weight_variant=weight_variant, code=trust_remote_code
     )
+    if derive:
+        derive_family(load_for_reading(base.folder, trust_remote_code, weight_variant))
     opened: dict[str, Any] = {"weight_variant": weight_variant, "trust_remote_code": trust_remote_code}
     stored, destination = StoredModel.open(base.folder, **opened), Path(destination)
     config: Any = KromHCConfig(backbone_config=stored.config, **chosen.as_fields())

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..modeling.outside_families import has_derived_row
+
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -18,6 +20,7 @@ class ConversionReport:
         base_tensors: number of tensors taken over unchanged.
         added_parameters: number of hyper-connection parameters.
         added_bytes: their size.
+        derived: whether what its layers look like was read from their source, see `derive_family`.
         dtype: in which both models ran.
         tokens: number of tokens compared.
         text: whether they were real text (a tokenizer was there) or random.
@@ -47,6 +50,7 @@ class ConversionReport:
     base_tensors: int
     added_parameters: int
     added_bytes: int
+    derived: bool = False
     dtype: str | None = None
     tokens: int | None = None
     text: bool | None = None
@@ -80,6 +84,7 @@ class ConversionReport:
             base_tensors=base_tensors,
             added_parameters=added_parameters,
             added_bytes=added_bytes,
+            derived=has_derived_row(config),
         )
 
     @property
@@ -95,7 +100,7 @@ class ConversionReport:
 def report_rows(report: ConversionReport) -> list[tuple[str, Any]]:
     """What a report says, as name and value, for the terminal."""
     rows: list[tuple[str, Any]] = [
-        ("model type", report.model_type),
+        ("model type", f"{report.model_type}, layers by a derived row" if report.derived else report.model_type),
         ("hyper-connections", f"{report.variant}, {report.num_streams} streams, init {report.init}"),
         ("base tensors, unchanged", f"{report.base_tensors:,}"),
         ("added parameters", f"{report.added_parameters:,} ({report.added_bytes:,} bytes)"),

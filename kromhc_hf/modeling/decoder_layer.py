@@ -84,6 +84,10 @@ class HyperConnectedLayer(nn.Module):
             return streams
         return streams, *(attention_output[i] if i < len(attention_output) else None for i in self.returned)
 
+    def extra_repr(self) -> str:
+        derived = "row derived from the source of its forward" if self.spec.derived else ""
+        return ", ".join(filter(None, (super().extra_repr(), derived)))
+
     def end(self, name: str) -> Any:
         """The learned module at one end of the streams, if there is one."""
         return getattr(self, name)

@@ -79,6 +79,7 @@ class LayerSpec:
         wide: attribute that tells whether the residual is kept in fp32.
         exact: False where the family adds parallel branches to the residual in another order, so that a converted
             model is equal up to the rounding of that sum; all others are bitwise equal.
+        derived: whether it was read from the source of the layer, and not written by somebody.
     """
 
     steps: tuple[Step, ...]
@@ -86,6 +87,7 @@ class LayerSpec:
     gain: str | None = None
     wide: str | None = None
     exact: bool = True
+    derived: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

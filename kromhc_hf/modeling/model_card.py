@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .host import class_for_task
+from .outside_families import has_derived_row
 
 
 # In every card of this package, by which it knows that nobody has made the card their own.
@@ -131,6 +132,7 @@ def _description(config: Any, origin: dict[str, Any], weights: str) -> str:
         "a small matrix mixes them.\n\n"
         f"| model type | `{config.model_type}` |\n|---|---|\n"
         f"| variant | `{config.hc_variant}` |\n| init | `{config.hc_init}` |\n| readout | `{config.hc_readout}` |\n"
+        + ("| layers | described by a row that was derived from their source |\n" if has_derived_row(config) else "")
     )
 
 

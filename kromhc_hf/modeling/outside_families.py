@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .families import COMPOSITE, REFUSED, ROWS
-from .layer_spec import ByConfig, LayerSpec, Row
+from .layer_spec import ByConfig, LayerSpec, Row, layer_kinds
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def checked_family(model_type: str, row: Any, layer_class: Any = None) -> Outsid
             f"model_type {model_type!r} is not supported: {REFUSED[model_type]}. Code of your own needs a model_type "
             "of its own."
         )
-    kinds = row.variants if isinstance(row, ByConfig) else row if isinstance(row, tuple) else (row,)
+    kinds = layer_kinds(row) if isinstance(row, ByConfig | LayerSpec | tuple) else ()
     if not kinds or not all(isinstance(kind, LayerSpec) for kind in kinds):
         raise ValueError(
             f"row must be a LayerSpec, a tuple of them or a ByConfig; got {row!r}. Make one with "
@@ -88,6 +88,12 @@ def outside_family(config: Any, model_type: str) -> OutsideFamily | None:
     """The family from outside that a configuration is of, None if it is none."""
     bound = BOUND.get(backbone_config_class(config))
     return bound.family if bound is not None else REGISTERED.get(model_type)
+
+
+def has_derived_row(config: Any) -> bool:
+    """Whether what the layers of a model look like was read from their source, and not written by somebody."""
+    family = outside_family(config, config.model_type.removeprefix("kromhc_"))
+    return family is not None and any(kind.derived for kind in layer_kinds(family.row))
 
 
 def is_from_outside(model_type: str) -> bool:

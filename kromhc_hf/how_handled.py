@@ -1,0 +1,43 @@
+"""How a model would be handled, told before anything is done to it."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .conversion.base import model_content
+from .conversion.files import resolve_source
+from .derivation import derived_row
+from .families_table import FamilyRow, describe, families_table
+from .modeling.configuration_kromhc import PREFIX
+from .modeling.outside_families import REGISTERED
+
+
+def how_handled(source: str, trust_remote_code: bool = False) -> FamilyRow:
+    """One row of the table for a checkpoint; where no row describes its family, what could be derived.
+
+    No weights are read.
+
+    Args:
+        source: folder or Hub id.
+        trust_remote_code: whether code in the source may be run to look at it.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if its code would have to be trusted.
+    """
+    folder = resolve_source(source, code=trust_remote_code)
+    model_type = str(model_content(folder).get("model_type", "")).removeprefix(PREFIX)
+    if model_type in REGISTERED:
+        return FamilyRow(model_type, True, describe(REGISTERED[model_type].row), "by its registered row")
+    found = next((row for row in families_table() if row.model_type == model_type), None)
+    if found is not None:
+        return found
+    code = trust_remote_code and model_type not in CONFIG_MAPPING
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=code)
+    try:
+        row = derived_row(model)
+    except ValueError as error:
+        return FamilyRow(model_type, False, str(error), "")
+    return FamilyRow(model_type, True, describe(row), "by a row derived with --derive, if its check holds")
