@@ -13,7 +13,7 @@ from .modeling.layer_fit import check_own_forward
 from .modeling.modeling_kromhc import HyperConnectedModel, model_class
 from .modeling.options import StreamKeywords, StreamOptions, given_options, show_options
 from .modeling.outside_families import bind_model
-from .whole_models import check_removable, check_whole
+from .whole_models import check_not_a_part, check_whole
 
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def remove_hyper_connections(model: Any) -> Any:
     """
     if not has_hyper_connections(model):
         raise ValueError(f"model must have hyper-connections to remove; got {type(model).__name__} without them.")
-    check_removable(model)
+    check_not_a_part(model, "removed from", "remove_hyper_connections")
     decoder = find_decoder(model)
     for position, layer in enumerate(decoder.layers):
         check_own_forward(layer, position)

@@ -56,7 +56,7 @@ from .modeling.options import StreamOptions
 
 app = typer.Typer(
     cls=ErrorsAsMessages,
-    help="Hyper-connections for the causal language models of transformers.",
+    help="Hyper-connections for the language models of transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -16,6 +16,7 @@ from .modeling.layer_fit import check_own_forward
 from .modeling.options import StreamOptions
 from .modeling.stream_ends import READOUTS, SigmoidReadout, SoftmaxReadout, StreamReadout
 from .modeling.variants import KromHCMixing, prime_factors
+from .whole_models import check_not_a_part
 
 
 class Growth(NamedTuple):
@@ -62,6 +63,7 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
             f"model must have hyper-connections to grow; got {type(model).__name__} without them. "
             "Use apply_hyper_connections(model, num_streams=...)."
         )
+    check_not_a_part(model, "grown in", "grow_streams")
     config = model.config
     before = config.hc_num_streams
     if not isinstance(config.stream_options().mixing(), KromHCMixing) or before == 1:

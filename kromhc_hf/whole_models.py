@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .modeling.configuration_kromhc import KromHCConfig
 from .modeling.decoder_layer import HyperConnectedLayer
+from .modeling.families import COMPOSITE, REFUSED
 from .modeling.layer_fit import check_model_type
 
 
@@ -17,7 +18,9 @@ def check_whole(model: Any) -> None:
     Raises:
         ValueError: naming the model that it is a part of.
     """
-    if (whole := _whole_of(model)) is not None:
+    whole = _whole_of(model)
+    # Some parts are models that people load by themselves, and whose whole is refused with the call on the part.
+    if whole is not None and not (model.config.model_type in COMPOSITE and whole.config.model_type in REFUSED):
         raise ValueError(
             f"model must be a whole model; got the {type(model).__name__} inside a {type(whole).__name__}, which would "
             "be saved with a configuration that knows of no hyper-connections and be loaded without them. "
@@ -25,8 +28,13 @@ def check_whole(model: Any) -> None:
         )
 
 
-def check_removable(model: Any) -> None:
-    """Refuses to take hyper-connections out of a part of a model that would go on believing that it has them.
+def check_not_a_part(model: Any, verb: str, call: str) -> None:
+    """Refuses to change the streams in a part of a model that would go on believing that it has the former ones.
+
+    Args:
+        model: which may be a part of another.
+        verb: what is done to the hyper-connections, such as "removed from".
+        call: the function that does it.
 
     Raises:
         ValueError: naming the whole model.
@@ -34,8 +42,8 @@ def check_removable(model: Any) -> None:
     whole = _whole_of(model)
     if whole is not None and isinstance(whole.config, KromHCConfig):
         raise ValueError(
-            f"hyper-connections must be removed from the whole model; got the {type(model).__name__} inside a "
-            f"{type(whole).__name__}. Call remove_hyper_connections on that."
+            f"hyper-connections must be {verb} the whole model; got the {type(model).__name__} inside a "
+            f"{type(whole).__name__}. Call {call} on that."
         )
 
 

@@ -22,7 +22,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from kromhc_hf import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
+from kromhc_hf import apply_hyper_connections, grow_streams, has_hyper_connections, remove_hyper_connections
+from kromhc_hf.whole_models import check_whole
 
 
 VISION = {
@@ -85,6 +86,26 @@ def test_the_whole_of_a_composite(make, tmp_path):
     with pytest.raises(ValueError, match="must be removed from the whole model"):
         remove_hyper_connections(model.model.language_model)
     assert has_hyper_connections(model)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, llava])
+def test_a_part_does_not_grow_alone(make):
+    model = apply_hyper_connections(make(), 2)
+    part = model.model.language_model if make is llava else model.model
+    with pytest.raises(ValueError, match=rf"must be grown in the whole model; .* inside a {type(model).__name__}"):
+        grow_streams(part)
+    assert model.config.hc_num_streams == part.config.hc_num_streams == 2
+    assert grow_streams(model).num_streams == model.config.hc_num_streams == 4
+
+
+def test_a_part_is_a_model_by_itself_where_the_whole_is_refused(monkeypatch):
+    """As the thinker of the omni models, whose refusal gives the call on it."""
+    model = llava()
+    monkeypatch.setattr(model.config, "model_type", "qwen2_5_omni")
+    monkeypatch.setattr(model.model.config.text_config, "model_type", "llava")
+    with pytest.raises(ValueError, match=r"apply_hyper_connections: model\.thinker"):
+        apply_hyper_connections(model)
+    check_whole(model.model.language_model)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])

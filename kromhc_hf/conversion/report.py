@@ -29,8 +29,8 @@ class ConversionReport:
         bitwise_equal: whether all of that are the same bits.
         max_logit_difference: largest |difference|.
         max_logit: largest |value| of the base, the scale of the difference.
-        mean_kl: mean over tokens of KL(base || converted), nats. This and the next three are of causal language models,
-            and None for other heads.
+        mean_kl: mean over tokens of KL(base || converted), nats. This and the next three are of models that continue a
+            text, and None for other heads.
         top1_agreement: share of tokens with the same most likely next token.
         greedy_base, greedy_converted: greedy continuation of both, text or token ids.
         lossless_init: whether the init promises an unchanged function.

@@ -37,25 +37,30 @@ def image_example(
 
     Args:
         model: the base, which is run to see what it takes.
-        run: how to run it, by default by calling it.
-
-    Raises:
-        ValueError: if the model takes no text alone and nothing else that can be made.
         folder: of its checkpoint; its processor makes the inputs, if it has one.
         tokens: `[1, S]`, of the text.
         text: to go with the image.
+        run: how to run it, by default by calling it.
+
+    Raises:
+        ValueError: if the model takes no text alone and nothing else that can be made, from what it said last.
     """
     if model.config.get_text_config() is model.config:
         return None
     alone = Example({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, TEXT_ALONE)
     examples = (*_processed(folder, text, tokens.shape[1]), *_random(model, tokens), alone)
-    found = next((example for example in examples if _runs(run or model, example.inputs)), None)
-    if found is None:
-        raise ValueError(
-            f"{type(model).__name__} must be run on an image or sound, and none could be made: {folder} has no "
-            "processor that makes what it takes. Put the files of its processor there."
-        )
-    return found
+    for example in examples:
+        try:
+            (run or model)(**example.inputs)
+        except Exception as error:  # whatever a family makes of inputs that are not its own
+            last = error
+            continue
+        return example
+    raise ValueError(
+        f"{type(model).__name__} must be run on text or on an image or sound that could be made, and {folder} has no "
+        f"processor that makes what it takes, or it fails for another reason; on text alone it says: "
+        f"{type(last).__name__}: {last}. Put the files of its processor there."
+    ) from last
 
 
 def draw_image(size: int = SIZE) -> Any:
@@ -65,14 +70,6 @@ def draw_image(size: int = SIZE) -> Any:
     image = Image.linear_gradient("L").resize((size, size)).convert("RGB")
     ImageDraw.Draw(image).ellipse((size // 4, size // 4, 3 * size // 4, 3 * size // 4), fill=(220, 60, 40))
     return image
-
-
-def _runs(run: Callable[..., Any], inputs: dict[str, Tensor]) -> bool:
-    try:
-        run(**inputs)
-    except Exception:  # whatever a family makes of inputs that are not its own
-        return False
-    return True
 
 
 def _processed(folder: Path, text: str, length: int) -> Iterator[Example]:

@@ -318,6 +318,32 @@ class CompositeConfig(KromHCConfig):
         text = self.get_text_config()  # type: ignore[attr-defined]
         return next(name for name, value in vars(self).items() if value is text)
 
+    def own_part(self, key: str, value: Any, fields: dict[str, Any]) -> Any:
+        """A field that is given beside a base, as the base would have it.
+
+        Args:
+            key: its name.
+            value: what is given.
+            fields: takes the hyper-connection fields of a text configuration, where it has none of them yet.
+
+        Raises:
+            ValueError: if it is a field of the text configuration alone, or a part that is no configuration.
+        """
+        text: Any = self.get_text_config()  # type: ignore[attr-defined]
+        if not hasattr(self, key) and hasattr(text, key):
+            raise ValueError(
+                f"{key} is a field of {self.text_key}, not of a {type(self).__name__}. Set "
+                f"backbone_config.{self.text_key}.{key}."
+            )
+        plain, found = _without_streams(value)
+        if isinstance(getattr(self, key, None), PreTrainedConfig) and not isinstance(plain, PreTrainedConfig):
+            raise ValueError(
+                f"{key} must be a configuration where a backbone_config is given; got a {type(value).__name__}. Change "
+                f"backbone_config.{key}."
+            )
+        fields.update(found | fields)
+        return plain
+
     def to_backbone_config(self) -> PreTrainedConfig:
         plain = _recast(self, self.backbone_config_class)
         setattr(plain, self.text_key, self.get_text_config().to_backbone_config())  # type: ignore[attr-defined]
@@ -359,7 +385,7 @@ def _make_composite_class(model_type: str, backbone_class: Any) -> type[KromHCCo
         else:
             self.take_over(backbone_config)
             for key, value in kwargs.items():
-                setattr(self, key, value)
+                setattr(self, key, self.own_part(key, value, fields))
         setattr(self, self.text_key, KromHCConfig(backbone_config=self.get_text_config(), **fields))
         if backbone_config is not None and kwargs:
             self.validate()

@@ -115,7 +115,7 @@ class HyperConnection(StreamModule):
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
         dtype = self._dtype(streams)
-        connect = select_connect(self.kernel, streams, dtype)
+        connect = select_connect(self.kernel, streams, dtype, self.num_streams, self.hidden_size)
         weight, bias, alpha = (optional_cast(p, dtype) for p in (self.weight, self.bias, self.alpha))
         assert bias is not None
         with without_autocast(streams):

@@ -29,8 +29,8 @@ def check_kernel(kernel: str) -> None:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}.")
 
 
-def select_connect(kernel: str, streams: Tensor, dtype: torch.dtype) -> Connect:
-    """What connects these streams `[..., n, C]`, with coefficients in `dtype`.
+def select_connect(kernel: str, streams: Tensor, dtype: torch.dtype, num_streams: int, hidden_size: int) -> Connect:
+    """What connects these streams `[..., n, C]`, with coefficients in `dtype`; a traced shape would not give n and C.
 
     "auto" takes Triton on a CUDA device, once it has agreed there with plain PyTorch (see `kernels_check`).
 
@@ -41,12 +41,12 @@ def select_connect(kernel: str, streams: Tensor, dtype: torch.dtype) -> Connect:
     if kernel == "reference":
         return connect_reference
     if kernel == "triton":
-        if (reason := _obstacle(streams.device, streams.dtype, streams.shape[-2], dtype)) is not None:
+        if (reason := _obstacle(streams.device, streams.dtype, num_streams, dtype)) is not None:
             raise ValueError(f"kernel 'triton' {reason}. Use kernel='auto' or kernel='torch'.")
         return connect_triton
     if kernel == "auto" and streams.device.type in DEVICES:
-        if _obstacle(streams.device, streams.dtype, streams.shape[-2], dtype) is None:
-            if fault(streams.device, streams.dtype, *streams.shape[-2:]) is None:
+        if _obstacle(streams.device, streams.dtype, num_streams, dtype) is None:
+            if fault(streams.device, streams.dtype, num_streams, hidden_size) is None:
                 return connect_triton
     if transformed():
         return connect_reference

@@ -144,7 +144,7 @@ def _verification(numbers: dict[str, Any]) -> str:
     )
     kind = "text" if numbers["text"] else "random"
     beside = f" with {numbers['image']}" if numbers.get("image") else ""
-    # Heads other than that of a causal language model have no distribution of the next token.
+    # Heads that do not continue a text have no distribution of the next token.
     distribution = (
         f"| mean KL | {numbers['mean_kl']:.3g} nats |\n| top-1 agreement | {numbers['top1_agreement']:.2%} |\n"
         if numbers["mean_kl"] is not None

@@ -60,6 +60,19 @@ def test_options_and_fields_are_checked():
     assert llava_config(image_seq_length=7).image_seq_length == 7
 
 
+def test_parts_beside_a_base():
+    """What is given beside a base reaches the part that it belongs to, or is refused."""
+    with pytest.raises(ValueError, match=r"num_hidden_layers is a field of text_config, .* Set backbone_config"):
+        llava_config(num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"text_config must be a configuration .*; got a dict\. Change"):
+        llava_config(text_config={"num_hidden_layers": 2})
+    plain = configurations("granite")[0]
+    assert llava_config(text_config=plain).text_config.model_type == "kromhc_granite"
+    text = KromHCConfig(backbone_config=plain, hc_num_streams=3, hc_readout="softmax")
+    config = llava_config(text_config=text, hc_num_streams=2)
+    assert (config.hc_num_streams, config.hc_readout) == (2, "softmax")
+
+
 def test_a_text_model_that_is_refused_refuses_the_whole():
     config = composite_configuration("llava", text_config={"model_type": "bert"} | SMALL_BERT)
     with pytest.raises(ValueError, match="model_type 'bert' is not supported: the norm follows the residual addition"):

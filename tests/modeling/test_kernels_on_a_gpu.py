@@ -22,7 +22,7 @@ def test_check_passes(dtype: torch.dtype, num_streams: int) -> None:
     module, streams = HyperConnection(96, num_streams, device="cuda"), torch.randn(1, 5, num_streams, 96).cuda()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        chosen = kernels.select_connect(module.kernel, streams.to(dtype), torch.float32)
+        chosen = kernels.select_connect(module.kernel, streams.to(dtype), torch.float32, num_streams, 96)
     assert chosen is kernels.connect_triton
     assert "kernel='auto' (triton)" in repr(module)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from kromhc_hf import HyperConnection
 from kromhc_hf.modeling import kernels, kernels_check, kernels_connect, kernels_triton_width
@@ -23,19 +24,20 @@ def checked(monkeypatch) -> dict:
 
 
 def chosen(module: HyperConnection, streams: torch.Tensor) -> str:
-    return kernels.select_connect(module.kernel, streams, torch.float32).__name__
+    return kernels.select_connect(module.kernel, streams, torch.float32, *streams.shape[-2:]).__name__
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_auto_takes_kernels_that_agree(dtype: torch.dtype, checked: dict, recwarn) -> None:
     generator_state = torch.get_rng_state()
-    for num_streams, hidden_size in ((4, 64), (2, 17)):
-        module, streams = HyperConnection(hidden_size, num_streams), torch.randn(1, 3, num_streams, hidden_size)
+    for num_streams, hidden_size in ((4, 64), (2, 17), (7, 16)):
+        module = HyperConnection(hidden_size, num_streams, variant="tbp")
+        streams = torch.randn(1, 3, num_streams, hidden_size)
         torch.set_rng_state(generator_state)
         assert chosen(module, streams.to(dtype)) == "connect_triton"
         assert torch.equal(torch.get_rng_state(), generator_state)
         assert "kernel='auto' (triton)" in repr(module)
-    assert list(checked.values()) == [None, None]
+    assert list(checked.values()) == [None, None, None]
     assert not recwarn.list
 
 
@@ -126,3 +128,43 @@ def test_auto_is_checked_where_it_is_compiled(checked: dict) -> None:
     compiled = torch.compile(connect, fullgraph=True, backend="aot_eager")(streams)
     assert list(checked.values()) == [None]
     torch.testing.assert_close(compiled, connect(streams))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_auto_is_checked_inside_a_checkpoint(reentrant: bool, checked: dict, recwarn) -> None:
+    """Whose hooks are there for the tensors of the model alone."""
+    module, gradients = HyperConnection(32, 4), []
+    streams = torch.randn(1, 3, 4, 32, requires_grad=True)
+
+    def connect(streams: torch.Tensor) -> torch.Tensor:
+        branch_input, write = module(streams)
+        return write(torch.tanh(branch_input))
+
+    for out in (checkpoint(connect, streams, use_reentrant=reentrant), connect(streams)):
+        module.zero_grad()
+        streams.grad = None
+        out.square().sum().backward()
+        gradients.append([tensor.grad.clone() for tensor in (streams, *module.parameters())])
+    assert list(checked.values()) == [None]
+    assert not [warning for warning in recwarn.list if issubclass(warning.category, RuntimeWarning)]
+    assert all(torch.equal(found, expected) for found, expected in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_check_does_not_depend_on_the_default_dtype(dtype: torch.dtype, checked: dict) -> None:
+    module, streams = HyperConnection(32, 4), torch.randn(1, 3, 4, 32)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.inference_mode():
+            assert chosen(module, streams) == "connect_triton"
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert list(checked.values()) == [None]
+
+
+def test_auto_is_checked_where_shapes_are_dynamic(checked: dict) -> None:
+    module, streams = HyperConnection(32, 4), torch.randn(1, 3, 4, 32)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: module(x)[0], fullgraph=True, backend="eager", dynamic=True)(streams)
+    assert list(checked.values()) == [None]
+    torch.testing.assert_close(compiled, module(streams)[0])
