@@ -199,6 +199,7 @@ def inspect(
     directory: Annotated[
         Path | None, typer.Option("--output", help="Folder for report.html, a page with pictures.")
     ] = None,
+    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a converted checkpoint on a text and show what its streams do, as a table and as pictures."""
@@ -213,7 +214,8 @@ def inspect(
             task = progress.add_task(description, total=None)
             return lambda done, total: progress.update(task, completed=done, total=total)
 
-        inspected = inspect_checkpoints(checkpoints, text=sample, max_tokens=max_tokens, progress=bar("running"))
+        given: dict[str, Any] = {"text": sample, "max_tokens": max_tokens, "trust_remote_code": trust_remote_code}
+        inspected = inspect_checkpoints(checkpoints, **given, progress=bar("running"))
         if directory is not None:
             earlier = inspected[1] if before is not None else None
             write_report(inspected[0], directory / "report.html", earlier, bar("drawing"))

@@ -150,6 +150,7 @@ def inspect_checkpoints(
     *,
     text: str | None = None,
     max_tokens: int = 128,
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Inspection]:
     """Runs converted checkpoints on the same tokens, one after the other, and records what their streams do.
@@ -158,6 +159,7 @@ def inspect_checkpoints(
         checkpoints: folders or Hub ids; the tokenizer of the first one is used.
         text: what to run them on; by default a short story, or random tokens where there is no tokenizer.
         max_tokens: take at most so many tokens, and never more than the context of the models.
+        trust_remote_code: whether code in their folders may be run, for families whose code is not in transformers.
         progress: called with the steps done and their number.
 
     Raises:
@@ -165,7 +167,8 @@ def inspect_checkpoints(
             is empty, or the checkpoints have different vocabularies or branches.
         OSError: if one of them cannot be loaded.
     """
-    stored = [StoredModel.open(checkpoint).with_streams() for checkpoint in checkpoints]
+    opened_all = (StoredModel.open(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in checkpoints)
+    stored = [opened.with_streams() for opened in opened_all]
     configs = [model.config for model in stored]
     for checkpoint, config in zip(checkpoints, configs):
         _check_num_streams(config.hc_num_streams, checkpoint)

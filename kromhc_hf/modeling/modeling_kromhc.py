@@ -173,10 +173,12 @@ class HyperConnectedModel(Shareable):
             # which keywords are of the Hub, of the configuration and of the model.
             try:
                 found = cls._class_for_type(KromHCConfig.type_in(where, **kwargs))
-            except OSError:
-                if config is not None:
+            except (OSError, ValueError) as error:
+                unknown = isinstance(error, ValueError) and kwargs.get("trust_remote_code")
+                if config is not None or not (isinstance(error, OSError) or unknown):
                     raise
-                # Without a configuration it may be an adapter, whose base the Auto class finds.
+                # Without a configuration it may be an adapter, whose base the Auto class finds. A family from outside
+                # comes with the folder, for those who trust it.
                 loaded = cls.auto_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
                 cls.class_for(model.config)

@@ -102,6 +102,10 @@ def test_a_converted_repository_computes_the_same_and_is_trained_and_undone(name
     model = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True)
     assert has_hyper_connections(model)
     assert isinstance(model, kromhc_hf.KromHCForCausalLM)
+    by_face = kromhc_hf.KromHCForCausalLM.from_pretrained(converted, trust_remote_code=True)
+    assert torch.equal(by_face(TOKENS).logits, model(TOKENS).logits)
+    (inspected,) = kromhc_hf.inspect_checkpoints([str(converted)], trust_remote_code=True)
+    assert inspected.model_type == f"kromhc_{name}"
     expected = model(TOKENS).logits
     freeze_backbone(model)
     optimizer = torch.optim.AdamW(optimizer_param_groups(model, lr=1e-2))
