@@ -183,10 +183,12 @@ def returned_beside(layer_class: Any) -> tuple[int, ...] | None:
             known = isinstance(node.value, ast.Name | ast.BinOp | ast.Tuple) and None not in (rest or ())
             found[rest if known else (-1,)] = ast.unparse(node)
     if len(found) != 1 or (-1,) in found:
+        releases = f"Use a release of transformers between {numbered(OLDEST)} and {numbered(NEWEST)}."
+        native = layer_class.__module__.startswith("transformers.")
+        way_out = releases if native else "Have it return the same on every way through it."
         raise ValueError(
             f"{layer_class.__name__}.forward must return its hidden states, alone or in front of what its attention "
-            f"returned; got {'; '.join(found.values()) or 'no return'!r}. Use a release of transformers between "
-            f"{numbered(OLDEST)} and {numbered(NEWEST)}."
+            f"returned; got {'; '.join(found.values()) or 'no return'!r}. {way_out}"
         )
     return next(iter(found))
 

@@ -85,7 +85,8 @@ def joining_file(
         own_names: the modules of this package that lie beside it.
         class_names: of the classes with hyper-connections, by Auto class.
     """
-    carried = bool(family_files(bound))
+    files = family_files(bound) or {}
+    carried, beside = bool(files), [*own_names, *(name.removesuffix(".py") for name in files)]
     row = bound.family.row
     chosen: Any = row.choose(config) if isinstance(row, ByConfig) else row
     imports = [
@@ -97,7 +98,7 @@ def joining_file(
         here="from",  # spelled out, it would be taken for an import of this file
         model_type=bound.family.model_type,
         imports="\n".join(imports),
-        names="\n    ".join(f"from .{name} import __doc__  # noqa: F401" for name in own_names),
+        names="\n    ".join(f"from .{name} import __doc__  # noqa: F401" for name in beside),
         row=_spelled(chosen),
         layer_class=bound.family.layer_class,
         config_class=bound.config_class.__name__,
