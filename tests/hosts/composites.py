@@ -1,11 +1,12 @@
 """Runs the tests of models of several modalities on the release in front of the path: `composites.py OUTPUT`.
 
-What the release's own model cannot do is told from what is ours: it is run first, on the same inputs.
+What the release's own model cannot do is told from what is ours: it is put to the same where a test fails.
 """
 
 import dataclasses
 import json
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 import transformers
 from hosts.outcomes import COMPOSITE_CHECKS, Outcome, words
-from support.composite import composite_inputs, make_composite
+from support.composite import composite_inputs, make_composite, other_image
 
 from kromhc_hf import composite_model_types
 
@@ -46,12 +47,28 @@ class Collector:
         self.reasons.setdefault(test, {})[model_type] = reason
 
 
-@torch.no_grad()
-def native_failure(model_type: str) -> str:
-    """Why the release's own model cannot be run, and nothing if it can."""
+def saved_and_loaded(model: Any) -> str:
+    """What the release's own model loses on the way to a folder and back."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tensors = type(model).from_pretrained(folder).state_dict()
+    lost = [name for name, tensor in model.state_dict().items() if not torch.equal(tensors[name], tensor)]
+    return f"{lost[0]} is another after loading" if lost else ""
+
+
+def native_failure(model_type: str, check: str) -> str:
+    """Why the release's own model cannot do it either, and nothing if it can."""
     try:
         model = make_composite(model_type)
-        model(**composite_inputs(model_type, model), use_cache=False)
+        inputs = composite_inputs(model_type, model)
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits
+            if check == "image" and torch.equal(model(**other_image(inputs), use_cache=False).logits, logits):
+                return "the image has no effect"
+        if check == "image, saving":
+            return saved_and_loaded(model)
+        if check == "image, checkpointing":
+            model.train()(**inputs, labels=inputs["input_ids"], use_cache=False)
     except Exception as error:
         return words(error)
     return ""
@@ -61,11 +78,11 @@ def outcomes() -> dict[str, dict[str, Outcome]]:
     """Of every check and every model type that the release has."""
     collector = Collector()
     pytest.main(["-q", "-p", "no:cacheprovider", str(TESTS)], plugins=[collector])
-    native = {model_type: native_failure(model_type) for model_type in composite_model_types()}
     results: dict[str, dict[str, Outcome]] = {}
     for check, test in zip(COMPOSITE_CHECKS, FUNCTIONS, strict=True):
-        for model_type, failure in native.items():
-            reason = collector.reasons[test].get(model_type, failure or "was not run")
+        for model_type in composite_model_types():
+            reason = collector.reasons[test].get(model_type, "was not run")
+            failure = native_failure(model_type, check) if reason else ""
             results.setdefault(check, {})[model_type] = Outcome(failure or reason, native=bool(failure))
     return results
 
