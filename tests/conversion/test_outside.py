@@ -4,14 +4,13 @@ import copy
 import json
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from support.outside import AMBER, BASALT, BASES, OUTSIDE, make_outside, make_repository
 from support.remote import visit_without_kromhc
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import kromhc_hf
@@ -161,7 +160,7 @@ def test_a_package_that_registers_itself_needs_no_trust(tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from support.bases.amber.configuration_amber import AmberConfig
 from support.bases.amber.modeling_amber import AmberForCausalLM, AmberModel
 from support.outside import AMBER, make_outside
@@ -247,24 +246,6 @@ def test_a_row_that_depends_on_the_configuration_is_written_down_as_it_is(tmp_pa
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("llama", AMBER), "native class is supported"),
-        (("hrm_text", AMBER), "'hrm_text' is not supported: two stacks"),
-        (("two words", AMBER), "must be a name such as"),
-        (("mine", "self_attn"), "row must be a LayerSpec"),
-        (("mine", ()), "row must be a LayerSpec"),
-    ],
-)
-def test_what_no_row_can_be_registered_for(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        register_family(*arguments)
-    assert set(REGISTERED) == set(OUTSIDE)
-    with pytest.raises(ValueError, match="one that was registered"):
-        unregister_family(arguments[0])
-
-
 def test_a_file_of_the_base_by_the_name_of_one_of_ours_leaves_the_code_out(tmp_path):
     model = apply_hyper_connections(make_outside("amber"))
     (tmp_path / "modeling_amber.py").write_text("# somebody else's\n")
@@ -298,13 +279,3 @@ def test_the_command_takes_a_file_with_the_row(repositories, tmp_path):
     assert "must register a row" in refused.stderr
     refused = run(app, ["convert", base, folder, "--family", "nowhere.py"])
     assert "does not exist" in refused.stderr
-
-
-def test_configurations_are_made_by_the_face():
-    config_class = import_module("support.bases.amber.configuration_amber").AmberConfig
-    config = kromhc_hf.KromHCConfig(backbone_config=config_class(), hc_num_streams=2)
-    assert type(config).__name__ == "KromHCAmberConfig"
-    assert isinstance(config, config_class)
-    assert type(config.to_backbone_config()) is config_class
-    with pytest.raises(ValueError, match=r"AmberConfig|amber"):
-        AutoConfig.for_model("kromhc_amber")
