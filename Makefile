@@ -65,7 +65,7 @@ floor: .venv-floor/.ready
 .venv-floor/.ready: pyproject.toml constraints.txt constraints-floor.txt
 	$(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/pip install --constraint constraints.txt --constraint constraints-floor.txt --editable ".[peft]" \
-		accelerate bitsandbytes parameterized pytest setuptools
+		accelerate bitsandbytes parameterized pillow pytest setuptools
 	@touch $@
 
 # Every family on every release of transformers that is tested, each installed into a folder of its own.

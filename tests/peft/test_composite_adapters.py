@@ -8,12 +8,18 @@ from support.composite import composite_inputs, make_composite
 from support.tiny import separate_streams
 from transformers import AutoModelForImageTextToText
 
-from kromhc_hf import KromHCForImageTextToText, adapter_to_model, apply_hyper_connections, model_to_adapter
+from kromhc_hf import (
+    KromHCForImageTextToText,
+    adapter_to_model,
+    apply_hyper_connections,
+    composite_model_types,
+    model_to_adapter,
+)
 from kromhc_hf.peft.conversion import adapter_to_checkpoint, checkpoint_to_adapter
 
 
 # mistral_large4 is stored under other names than it is computed with.
-TYPES = ["llava", "qwen3_vl", "mistral_large4", "blip-2"]
+TYPES = [name for name in ("llava", "qwen3_vl", "mistral_large4", "blip-2") if name in composite_model_types()]
 
 
 @torch.no_grad()
