@@ -160,7 +160,7 @@ def test_a_package_that_registers_itself_needs_no_trust(tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from support.bases.amber.configuration_amber import AmberConfig
 from support.bases.amber.modeling_amber import AmberForCausalLM, AmberModel
 from support.outside import AMBER, make_outside
