@@ -96,7 +96,18 @@ class BasaltForCausalLM(BasaltPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.head
 
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, labels=None, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=None,
+        labels=None,
+        cache=None,
+        **kwargs,
+    ):
+        # What `generate` calls it from transformers 5.24 on.
+        past_key_values = past_key_values if cache is None else cache
         outputs = self.trunk(input_ids, attention_mask, past_key_values, use_cache)
         logits = self.head(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
