@@ -66,17 +66,26 @@ def families_markdown() -> str:
     return "\n".join(lines)
 
 
+def put_between(file: Path, first: str, last: str, text: str) -> None:
+    """Puts a text between two markers of a Markdown file.
+
+    Raises:
+        ValueError: if the file does not have the two markers.
+    """
+    before, begin, rest = file.read_text(encoding="utf-8").partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end:
+        raise ValueError(f"{file} must have the markers {first} and {last}; add them where the table belongs.")
+    file.write_text(f"{before}{first}\n{text}\n{last}{after}", encoding="utf-8")
+
+
 def write_families(file: Path) -> None:
     """Puts the table between the markers of a Markdown file.
 
     Raises:
         ValueError: if the file does not have the two markers.
     """
-    before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{file} must have the markers {BEGIN} and {END}; add them where the table belongs.")
-    file.write_text(f"{before}{BEGIN}\n{families_markdown()}\n{END}{after}", encoding="utf-8")
+    put_between(file, BEGIN, END, families_markdown())
 
 
 def describe(row: Row) -> str:

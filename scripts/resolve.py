@@ -15,6 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
+from kromhc_hf.families_table import put_between
+
 
 PROJECT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- tools:begin -->", "<!-- tools:end -->"
@@ -153,11 +155,7 @@ def write_table(file: Path, text: str) -> None:
     Raises:
         ValueError: if the file does not have the two markers.
     """
-    before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{file} must have the markers {BEGIN} and {END}; add them where the table belongs.")
-    file.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    put_between(file, BEGIN, END, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -44,7 +44,7 @@ def jit(function):
 
 def block_size(num_streams: int) -> int:
     """How many features of all streams a program holds at once: 16 bytes of each in every thread, and fewer of many."""
-    return 256 if num_streams <= 4 else 128 if num_streams <= 8 else 64
+    return 256 if num_streams <= 4 else 128
 
 
 def padded_outputs(outputs: int) -> int:

@@ -22,6 +22,8 @@ import torch
 from hosts.outcomes import Outcome, merged, ours, tables, to_json
 from hosts.releases import ROOT, environment, matrix, number
 
+from kromhc_hf.families_table import put_between
+
 
 BEGIN, END = "<!-- hosts:begin -->", "<!-- hosts:end -->"
 HERE = Path(__file__).resolve().parent
@@ -98,9 +100,7 @@ def write(page: Path, summaries: dict[str, dict[str, Any]]) -> None:
         "releases": {release: summaries[release] for release in sorted(summaries, key=number)},
     }
     beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{shown(content)}\n{END}{after}", encoding="utf-8")
+    put_between(page, BEGIN, END, shown(content))
 
 
 def shown(content: dict[str, Any]) -> str:
