@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kromhc_hf
-from benchmarks.study.report import table, with_error
-from benchmarks.study.statistics import paired_difference
 from kromhc_hf import doubly_stochastic_error
 from kromhc_hf.modeling.mixing import DenseMixing
 from kromhc_hf.modeling.variants import VARIANTS
+from kromhc_hf.study.report import table, with_error
+from kromhc_hf.study.statistics import paired_difference
 
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -15,13 +15,15 @@ from kromhc_hf import apply_hyper_connections
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from benchmarks.study import __main__ as command_line
-from benchmarks.study import runs as study_runs
-from benchmarks.study import training as study_training
-from benchmarks.study.config import Arm, StudyError, load_study
-from benchmarks.study.cost import at_equal_time, cost_settings, read_costs
-from benchmarks.study.data import batches, load_corpus
-from benchmarks.study.models import write_unequally
-from benchmarks.study.statistics import agreements, estimate, paired_difference
+from kromhc_hf.study import runs as study_runs
+from kromhc_hf.study import training as study_training
+from kromhc_hf.study.arm import Arm, StudyError
+from kromhc_hf.study.cost import at_equal_time, cost_settings, read_costs
+from kromhc_hf.study.data import batches, load_corpus
+from kromhc_hf.study.models import write_unequally
+from kromhc_hf.study.optimizers import learning_rate
+from kromhc_hf.study.statistics import agreements, estimate, paired_difference
+from kromhc_hf.study.study_file import load_study
 
 
 STUDIES = Path(__file__).resolve().parents[2] / "benchmarks" / "studies"
@@ -68,7 +70,7 @@ def fast_runs(monkeypatch):
     """Replaces training by a loss that the settings and the seed give; returns the list of runs done."""
     done = []
 
-    def run(arm, seed, shared, cache, report):
+    def run(arm, seed, shared, cache, report, device):
         done.append((arm.lr, seed))
         report(arm.steps, 1.0)
         loss = 1 + arm.lr + 0.1 * seed + (0.001 * seed if arm.variant else 0)
@@ -76,11 +78,10 @@ def fast_runs(monkeypatch):
             "settings": arm.settings(),
             "seed": seed,
             **dict.fromkeys(("base_loss", "initial_loss"), 3.0),
-            "final_loss": loss,
-            "bits_per_byte": loss,
+            **dict.fromkeys(("final_loss", "validation_loss", "bits_per_byte"), loss),
             "curve": [(0, 3.0), (arm.steps, loss)],
             **dict.fromkeys(("trainable", "added"), 1),
-            "seconds_per_step": 0.1,
+            **dict.fromkeys(("seconds_per_step", "tokens_per_second"), 0.1),
         }
 
     monkeypatch.setattr(study_training, "run", run)
@@ -120,7 +121,7 @@ def test_agreement_of_hand_made_numbers():
 
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth():
-    shares = [study_training.learning_rate(step, 100) for step in range(101)]
+    shares = [learning_rate(Arm(steps=100), step) for step in range(101)]
     assert shares[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert max(shares) == 1
     assert shares[100] == pytest.approx(0.1)
