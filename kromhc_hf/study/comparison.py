@@ -18,7 +18,7 @@ from .tuning import tuned
 
 REFERENCE = "no streams"
 # A gain that one of these has as well is not one of mixing streams.
-CONTROLS = {
+CONTROLS: dict[str, dict[str, Any]] = {
     "learned branch scales": {"branch_scale": 1.0, "learned_branch_scale": True},
     "identity": {"variant": "identity"},
 }
