@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from .stream_ends import expand  # noqa: F401
     from .variants import VARIANTS  # noqa: F401
     from .variants_permutations import LARGEST_FACTOR  # noqa: F401
+    from .variants_rotations import cayley  # noqa: F401
 
 
 class HyperConnectedModel(Shareable):
