@@ -53,6 +53,7 @@ from .inspection.plots import require_matplotlib
 from .inspection.report import write_report
 from .inspection.tables import BRANCH_COLUMNS, branch_rows, total_rows
 from .modeling.options import StreamOptions
+from .serving import serve as run_server
 
 
 app = typer.Typer(
@@ -322,6 +323,17 @@ def families(
         for row in part:
             table.add_row(row.model_type, escape(row.description), *([row.exactness] if supported else []))
         output.print(table)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model, with hyper-connections or without.")],
+    family: Family = None,
+) -> None:
+    """Serve a model over HTTP as `transformers serve` does, whose options it takes (see its --help)."""
+    run_family_file(family)
+    run_server([model, *context.args])
 
 
 def _print_inspection(inspection: Inspection) -> None:

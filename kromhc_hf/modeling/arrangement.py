@@ -31,6 +31,7 @@ def arrange(layers: Any, config: Any) -> None:
     ):
         return
     found = [connected_layer(layer) for layer in layers]
+    _check_one_stage(layers, found)
     check_arrangement(found, config)
     for position, layer in enumerate(found):
         if layer is not None:
@@ -40,6 +41,17 @@ def arrange(layers: Any, config: Any) -> None:
 def connected_layer(layer: Any) -> HyperConnectedLayer | None:
     """A decoder layer with hyper-connections, also where it is wrapped as by FSDP; None for a plain one."""
     return next((part for part in layer.modules() if isinstance(part, HyperConnectedLayer)), None)
+
+
+def _check_one_stage(layers: Any, found: Layers) -> None:
+    for position, layer in enumerate(layers):
+        # Such as vLLM puts where the layers of other pipeline stages were.
+        if found[position] is None and next(layer.parameters(), None) is None:
+            raise ValueError(
+                "all decoder layers of a model with hyper-connections must be in one pipeline stage, since stages pass "
+                f"on [B, S, C] and streams are [B, S, n, C]; layer {position} is an empty {type(layer).__name__}. Use "
+                "tensor or data parallelism instead, and take a layer that is not wanted out of the list."
+            )
 
 
 def check_distinct(layers: Any) -> None:
