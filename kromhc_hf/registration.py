@@ -8,6 +8,8 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+import transformers
+
 from .after_import import after_import
 from .modeling.model_types import PREFIX, known_model_types
 
@@ -85,8 +87,11 @@ def _register_models(config_type: Any) -> None:
     for face in modeling.FACES:
         backbone = face.backbone_for(config_type)
         if backbone is not None:
-            model_class = modeling.model_class(backbone, config_type)
-            face.auto_class.register(config_type, model_class, exist_ok=True)
+            cls = modeling.model_class(backbone, config_type)
+            face.auto_class.register(config_type, cls, exist_ok=True)
+            # By the name in config.json vLLM, SGLang, TRL and `transformers serve` look for it in the module. While it
+            # is imported, transformers makes the module twice, and a tool may hold either; the class is the same.
+            setattr(type(transformers), cls.__name__, cls)
 
 
 def _guard_saving() -> None:
