@@ -16,7 +16,7 @@ from typing import Any
 import transformers
 
 # In front of the others, since it says which releases of transformers will do.
-from .releases import CONFIG_MAPPING_NAMES, NEWEST, OLDEST, numbered
+from .releases import NEWEST, OLDEST, numbered
 
 
 # isort: split
@@ -25,6 +25,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, hub
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY

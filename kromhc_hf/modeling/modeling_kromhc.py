@@ -86,7 +86,8 @@ if TYPE_CHECKING:
     from .layer_spec import Sublayer  # noqa: F401
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401
-    from .options import INITS  # noqa: F401
+    from .option_table import INITS  # noqa: F401
+    from .options import given_options  # noqa: F401
     from .outside_code import FAMILY_MODULE  # noqa: F401
     from .releases import OLDEST  # noqa: F401
     from .stream_ends import expand  # noqa: F401

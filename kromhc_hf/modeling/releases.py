@@ -1,13 +1,20 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """Which releases of transformers will do, and which model types the installed one has; torch is not imported for it."""
 
+import functools
+import runpy
+import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
 import transformers
 
 
 # The oldest release that has what is used here, and the newest one that the tests have seen; docs/hosts.md.
 OLDEST, NEWEST = (5, 6), (5, 24)
+# Where a release names its model types.
+MAPPINGS = "transformers.models.auto.auto_mappings"
 
 
 def release() -> tuple[int, int]:
@@ -28,12 +35,17 @@ if release() < OLDEST:
         f'Install it: pip install "transformers>={numbered(OLDEST)}".'
     )
 
-from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES  # noqa: E402
-
 
 def has_family(model_type: str) -> bool:
     """Whether the installed release has a model type."""
-    return model_type in CONFIG_MAPPING_NAMES
+    module = sys.modules.get(MAPPINGS)
+    return model_type in (_mappings_file() if module is None else vars(module))["CONFIG_MAPPING_NAMES"]
+
+
+@functools.cache
+def _mappings_file() -> dict[str, Any]:
+    """What the module defines, without its package, whose import looks through the folders of all families."""
+    return runpy.run_path(str(Path(transformers.__file__).parents[1].joinpath(*MAPPINGS.split("."))) + ".py")
 
 
 def warn_if_untested() -> None:
