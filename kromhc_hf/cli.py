@@ -37,6 +37,7 @@ from .command_options import (
 )
 from .command_progress import PartsWithTimes
 from .conversion.disk import LINKS
+from .modeling.option_table import check_choice
 from .quiet import quiet
 
 
@@ -78,6 +79,9 @@ def convert(
     **options: Any,
 ) -> None:
     """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes."""
+    for name, value in options.items():
+        check_choice(name, value)
+
     from .conversion.base import refuse_adapter
     from .conversion.convert import convert_checkpoint
     from .conversion.hub import check_push

@@ -19,13 +19,15 @@ class PartsWithTimes:
         self.name, self.since, self.task = "", 0.0, TaskID(0)
 
     def __enter__(self) -> "PartsWithTimes":
-        self.progress.start()
+        if self.progress.console.is_interactive:
+            self.progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is None:
             self._end()
-        self.progress.stop()
+        if self.progress.console.is_interactive:
+            self.progress.stop()
 
     def begin(self, name: str) -> None:
         """The part before is over, another one begins."""

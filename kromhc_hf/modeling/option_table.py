@@ -80,6 +80,17 @@ BRANCH_OPTIONS = options_of(BranchKeywords)
 OPTIONS = options_of(StreamKeywords)
 
 
+def check_choice(name: str, value: object) -> None:
+    """Refuses a value that is none of the names that an option may have.
+
+    Raises:
+        ValueError: with those names.
+    """
+    choices = OPTIONS[name].choices
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
 def described_option(option: Option) -> str:
     """What an option does, and the names that it may have."""
     return f"{option.help} One of {', '.join(option.choices)}." if option.choices else option.help

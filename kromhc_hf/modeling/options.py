@@ -17,6 +17,7 @@ from .option_table import (
     BranchKeywords,
     Option,
     StreamKeywords,
+    check_choice,
     described_option,
     options_of,
 )
@@ -76,9 +77,8 @@ class StreamOptions:
         def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
-        for name, option in OPTIONS.items():
-            if option.choices and getattr(self, name) not in option.choices:
-                raise ValueError(f"{name} must be one of {', '.join(option.choices)}; got {getattr(self, name)!r}.")
+        for name in OPTIONS:
+            check_choice(name, getattr(self, name))
         self.mixing()
         for name, option in OPTIONS.items():
             value, default = getattr(self, name), f"The default is {option.default!r}."
