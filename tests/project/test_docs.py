@@ -71,9 +71,9 @@ def test_the_variant_of_the_guide_works():
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     names = {"torch": torch, "F": F, "Tensor": Tensor, "DenseMixing": DenseMixing}
     exec("\n".join(line[4:] for line in code.splitlines()), names)
-    mixing = names["RotationMixing"](4)
+    mixing = names["MeanMixing"](4)
     logits = torch.randn(5, mixing.num_logits)
-    # Row and column sums of 4 weights that a softmax has rounded.
+    # Row and column sums of 4 rounded entries.
     assert doubly_stochastic_error(mixing.matrix(logits)) < 8 * torch.finfo(torch.float32).eps
     streams = torch.randn(5, 1, 8).expand(5, 4, 8)
     assert torch.equal(mixing.mix(streams, logits), streams)
