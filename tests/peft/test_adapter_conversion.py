@@ -74,7 +74,10 @@ AWAY = [
     {"variant": "mhc", "sinkhorn_iterations": 2, "eps": 1e-2},
     {"variant": "tbp", "stream_embedding": True, "residual_logit": 1.0, "layers": (1, 2)},
     {"variant": "mhc_lite", "num_streams": 2, "dynamic": False, "readout": "softmax"},
-    *({"variant": "hc", "readout": readout, "eps": 1e-3, "stream_embedding": True} for readout in LEARNED_READOUTS),
+    *(
+        {"variant": variant, "readout": readout, "eps": 1e-3, "stream_embedding": True}
+        for variant, readout in zip(("hc", "one_sided", "circulant"), LEARNED_READOUTS, strict=True)
+    ),
 ]
 
 
