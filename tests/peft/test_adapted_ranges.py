@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support.adapters import adapter_config, base_model, perturb_hyper_connections
+from support.adapters import adapter_config, perturb_hyper_connections
+from support.ranged import logits, six_layers
 from support.tiny import token_ids
 from transformers import LlamaForCausalLM
 
@@ -11,15 +12,6 @@ from kromhc_hf import adapter_to_model, apply_hyper_connections, model_to_adapte
 
 
 RANGES = {"middle": (2, 4), "last": (3, 6), "all": None}
-
-
-def six_layers():
-    return base_model(num_hidden_layers=6)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=token_ids(model.config), use_cache=False).logits
 
 
 def adapted(**options):
