@@ -5,7 +5,10 @@ Configurations, keyword arguments, the command line, adapters and studies are ma
 a field to `BranchKeywords` (what every hyper-connection reads) or `StreamKeywords`, and whatever consumes it.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypedDict, get_args, get_type_hints
+
+from .stream_layers import Ends, read_ends
 
 
 # The variants of `variants.py` and the readouts of `stream_ends.py`.
@@ -25,6 +28,8 @@ class Option(NamedTuple):
         help: what it does, in one line.
         choices: the values that it may have, if they are names.
         flags: other ways to spell it on the command line; of an option that is on by default, what turns it off.
+        read: makes of a value, such as text of the command line or a list of a file, the one that is kept, or raises
+            ValueError; the type is not checked then.
         kind: its type, filled in from the field.
     """
 
@@ -32,7 +37,8 @@ class Option(NamedTuple):
     help: str
     choices: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
-    kind: type = object
+    read: Callable[[Any], Any] | None = None
+    kind: Any = object
 
 
 class BranchKeywords(TypedDict, total=False):
@@ -63,6 +69,10 @@ class StreamKeywords(BranchKeywords, total=False):
     ]
     stream_embedding: Annotated[
         bool, Option(False, "Whether each stream gets a learned embedding where it is made, zero at first.")
+    ]
+    layers: Annotated[
+        Ends | str | None,
+        Option(None, "Decoder layers with streams, a slice such as 8:12 or -4:; by default all.", read=read_ends),
     ]
 
 

@@ -22,6 +22,7 @@ from .option_table import (
     options_of,
 )
 from .stream_ends import READOUTS
+from .stream_layers import positions
 from .variants import make_mixing
 
 
@@ -82,6 +83,9 @@ class StreamOptions:
         self.mixing()
         for name, option in OPTIONS.items():
             value, default = getattr(self, name), f"The default is {option.default!r}."
+            if option.read is not None:
+                object.__setattr__(self, name, option.read(value))
+                continue
             if option.kind is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
                 object.__setattr__(self, name, value)
@@ -100,6 +104,27 @@ class StreamOptions:
     def mixing(self) -> Mixing:
         """The parametrisation of the mixing matrix."""
         return make_mixing(self.variant, self.num_streams, self.sinkhorn_iterations)
+
+    def layers_of(self, number: int) -> range:
+        """The positions of the layers with streams in a model of so many decoder layers.
+
+        Raises:
+            ValueError: if the model does not have them, or the readout needs the last layer and it is not among them.
+        """
+        found = positions(self.layers, number)
+        if READOUTS[self.readout].after_norm and found[-1] != number - 1:
+            raise ValueError(
+                f"readout {self.readout!r} follows the final norm of the model, so the layers with streams must go up "
+                f"to the last one, {number - 1}; got layers={self.layers!r}. Use layers=({found[0]}, None), or "
+                "readout='mean'."
+            )
+        return found
+
+    def in_model(self, number: int) -> "StreamOptions":
+        """The same options with `layers` counted from the first of so many decoder layers, see `layers_of`."""
+        found = self.layers_of(number)
+        ends = None if self.layers is None else (found[0], found[-1] + 1)
+        return StreamOptions(**{**self.to_dict(), "layers": ends})
 
     def to_dict(self) -> dict[str, Any]:
         """The values by name."""
