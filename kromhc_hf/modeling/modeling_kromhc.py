@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from .kernels_triton_language import AVAILABLE  # noqa: F401
     from .kernels_triton_projection import gates  # noqa: F401
     from .kernels_triton_width import Width  # noqa: F401
+    from .layer_fit import check_model_type  # noqa: F401
     from .layer_spec import Sublayer  # noqa: F401
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401
