@@ -51,7 +51,7 @@ def write_demo_page(
         Section(
             "The same training, with streams and without",
             f"Both saw the same {plain.steps[-1]} batches of Shakespeare; the loss is on text that neither saw. One "
-            "model of this size and one seed prove no gain: the command kromhc compare does it with seeds, error bars and the "
+            "model of this size and one seed prove no gain: the command kromhc compare has seeds, error bars and the "
             "controls that tell whether it is the streams.",
             [Picture("large", "held-out loss over the steps", partial(losses_figure, plain, streams))],
         ),
