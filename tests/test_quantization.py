@@ -113,7 +113,7 @@ def test_a_base_of_text_and_images(tmp_path):
     torch.manual_seed(0)
     config = composite_configuration("llava")
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "full")
-    options = BitsAndBytesConfig(load_in_4bit=True)
+    options = TorchAoConfig(Int8WeightOnlyConfig())
     small = AutoModelForImageTextToText.from_pretrained(tmp_path / "full", quantization_config=options)
     small.save_pretrained(tmp_path / "base")
     convert_checkpoint(tmp_path / "base", tmp_path / "out")

@@ -46,11 +46,10 @@ class LayerwiseModel:
         self.layers = decoder.layers
         if quantizer is not None:
             prepare(self.model, quantizer, self.dtype, self.source)
+        conversions: Any = get_model_conversion_mapping(self.model, hf_quantizer=quantizer)
+        dtype_plan = self.model._get_dtype_plan(self.dtype)
         self.loading = LoadStateDictConfig(
-            dtype=self.dtype,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
-            hf_quantizer=quantizer,
-            weight_mapping=get_model_conversion_mapping(self.model, hf_quantizer=quantizer),  # type: ignore[arg-type]
+            dtype=self.dtype, dtype_plan=dtype_plan, hf_quantizer=quantizer, weight_mapping=conversions
         )
         path, names = self.specs[0].layers, {name: name for name in self.source.names}
         if self.model.config.get_text_config() is not self.model.config:
