@@ -61,7 +61,7 @@ def layer_quantizer(config: Any, folder: Path) -> Any:
         raise ValueError(
             f"weights must be unpacked layer by layer where layers are run one at a time ({', '.join(BY_LAYERS)}); "
             f"{folder} is quantised ({method}), and {WHOLE}. Verify it in one piece: leave layers out (kromhc verify "
-            "without --layers)."
+            "without --layerwise)."
         )
     with runnable(config, folder):
         # A copy, since the method writes into it.

@@ -38,11 +38,11 @@ CHECKS = {
     "training": "hyper-connections alone are trained as an adapter: finite gradients, the loss falls, the base stays",
     "saving": "the model with hyper-connections is saved and loaded, and computes the same bits",
     "verify": "`kromhc verify` finds the conversion lossless",
-    "layers": "so does `kromhc verify --layers`, which finds a changed layer as well",
+    "layers": "so does `kromhc verify --layerwise`, which finds a changed layer as well",
 }
 # Of what the hyper-connections change: an input that is rounded to 8 bits may fall to the other side, by 1/127.
 TOLERANCE = 0.05
-REFUSED = "`--layers` is refused by name: the method unpacks whole models, not layers"
+REFUSED = "`--layerwise` is refused by name: the method unpacks whole models, not layers"
 
 
 def logits(model: Any) -> Tensor:
