@@ -135,7 +135,7 @@ class Case:
         return "" if close else f"{error:.2g} from the equations, of an effect of {effect:.2g}"
 
     def native_gradients(self) -> str:
-        model = self.base()
+        model = self.base().train()
         ids = token_ids(model.config)
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
         model(inputs_embeds=embedded, labels=ids).loss.backward()
