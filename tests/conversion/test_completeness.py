@@ -122,7 +122,7 @@ def test_a_quantised_base(base, tmp_path):
     assert report.lossless
     shutil.copytree(tmp_path / "small", tmp_path / "part")
     edit(tmp_path / "part", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.SCB"))
-    with pytest.raises(ValueError, match=r"layer 1 of .*part lacks model\.layers\.1\.mlp\.up_proj\.SCB"):
+    with pytest.raises(ValueError, match=r"layer 1 of .*part lacks model\.layers\.1\.mlp\.up_proj\."):
         verify_conversion(tmp_path / "part", tmp_path / "out", layers="all")
     edit(tmp_path / "small", lambda t: [t.pop(n) for n in list(t) if n.startswith("model.layers.1.mlp.up_proj.")])
     with pytest.raises(ValueError, match=r"it lacks model\.layers\.1\.mlp\.up_proj\.weight"):
