@@ -134,7 +134,7 @@ class HyperConnection(StreamModule):
             one = torch.ones(*leading, 1, dtype=dtype, device=streams.device)
             return Mappings(one, one, one.unsqueeze(-1))
         assert self.bias is not None
-        with torch.autocast(streams.device.type, enabled=False):
+        with without_autocast(streams):
             projected = self._projected(streams.to(dtype))
             return Mappings(*self.mixing.mappings(*projected, self.bias, self.alpha, self.eps, leading))
 
