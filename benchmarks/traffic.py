@@ -154,9 +154,7 @@ def branch(module: HyperConnection) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def eager(
-    n: int, options: Any, gradient: Callable[[Tensor], Tensor] = torch.empty_like
-) -> tuple[Traffic, Traffic]:
+def eager(n: int, options: Any, gradient: Callable[[Tensor], Tensor] = torch.empty_like) -> tuple[Traffic, Traffic]:
     """The traffic of the forward pass by itself, and of both passes."""
     module, streams = made(n, options.tokens, "meta", options)
     cotangent = gradient(streams.detach())

@@ -1,10 +1,10 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """The passes over the streams in plain PyTorch, and their gradients, in few and large operations.
 
-Sums are computed in the dtype of the coefficients (at least fp32), and there is never a wide copy of all streams. On a CPU
-narrower streams are worked on in spans of tokens that fit in the cache. An accelerator takes streams in bf16 as they are:
-its products sum in fp32, and coefficients go in as two numbers in bf16, which sum to them. Streams are `[T, n, C]` here,
-tokens in one dimension.
+Sums are computed in the dtype of the coefficients (at least fp32), and there is never a wide copy of all streams. On a
+CPU narrower streams are worked on in spans of tokens that fit in the cache. An accelerator takes streams in bf16 as
+they are: its products sum in fp32, and coefficients go in as two numbers in bf16, which sum to them. Streams are
+`[T, n, C]` here, tokens in one dimension.
 """
 
 from math import gcd

@@ -84,7 +84,7 @@ def test_agrees_with_the_equations(num_streams: int, spans: bool, monkeypatch) -
     plain = results(equations, streams, narrow, cotangent)
     for name, value in results(ours, streams, parameters, cotangent).items():
         assert value.dtype == (torch.float32 if name in parameters else torch.bfloat16)
-        # Coefficients are exact to 16 bits, products are not rounded, and what is rounded is rounded at most four times.
+        # Coefficients are exact to 16 bits, products are not rounded, and nothing is rounded more than four times.
         assert error(value, exact[name]) <= min(2 * EPS, 2 * error(plain[name], exact[name]) + EPS), name
 
 
