@@ -209,7 +209,10 @@ def store(place: Tensor, value: Tensor) -> None:
 
 def correlation(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """`sum_c left[t, i, c] right[t, j, c]`, `[T, i, j]` in `dtype`."""
-    factors = held(right, dtype)
+    if right.stride(1) == 0 and right.shape[1] > 1:
+        # Batched products know no expanded factors: they would be copied, or go through a loop over tokens.
+        return correlation(left, right[:, :1], dtype).expand(-1, -1, right.shape[1])
+    left, factors = left.contiguous(), held(right, dtype)
     if factors != dtype:
         sums = [wide_sums(left[span], right[span].mT) for span in spans(right, factors)]
         return sums[0] if len(sums) == 1 else torch.cat(sums)
