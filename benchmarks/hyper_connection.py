@@ -133,7 +133,7 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
         torch.compiler.reset()
         ways["compiled"] = ours(partial(torch.compile(connected, fullgraph=True), module))
 
-    candidates = {"copy": lambda: target.copy_(streams.detach())}
+    candidates: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(streams.detach())}
     for name, way in ways.items():
         candidates |= {f"{name} forward": way.forward, f"{name} both": way.both, f"{name} expanded": way.one_gradient}
     seconds = in_turn(candidates, options)
