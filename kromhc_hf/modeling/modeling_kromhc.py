@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from .decoder_layer import END_NAMES  # noqa: F401
     from .families import ATTENTION  # noqa: F401
     from .foreign_code import CODE_FIELDS  # noqa: F401
+    from .generators import GENERATORS  # noqa: F401
     from .hyper_connection import Mappings  # noqa: F401
     from .kernels import KERNELS  # noqa: F401
     from .kernels_check import TOKENS  # noqa: F401

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 
+from .generators import GENERATORS
 from .mixing import SINKHORN_ITERATIONS, Mixing
 from .stream_ends import READOUTS
 from .stream_module import EPS
@@ -62,6 +63,10 @@ class BranchKeywords(TypedDict, total=False):
     sinkhorn_iterations: Annotated[
         int, Option(SINKHORN_ITERATIONS, "How often variant mhc normalises rows and columns.")
     ]
+    generator: Annotated[
+        str, Option("dense", "How the weight of the mappings is stored; cp is factors of low rank.", tuple(GENERATORS))
+    ]
+    generator_rank: Annotated[int, Option(2, "How many products of factors the generator cp adds up.")]
 
 
 class StreamKeywords(BranchKeywords, total=False):
@@ -156,6 +161,12 @@ class StreamOptions:
                 raise ValueError(f"{name} must be finite; got {value!r}. {default}")
         if self.eps < 0:
             raise ValueError(f"eps must not be negative; got {self.eps!r}. The default is {OPTIONS['eps'].default!r}.")
+        if self.generator_rank < 1:
+            raise ValueError(
+                f"generator_rank must be at least 1; got {self.generator_rank}. "
+                f"The default is {OPTIONS['generator_rank'].default}."
+            )
+        GENERATORS[self.generator].check_defined_for(self.mixing())
         if self.init == "identity" and not READOUTS[self.readout].sums_to_one:
             raise ValueError(
                 "init 'identity' keeps the function of the base model only if the readout weights sum to 1; "
@@ -191,6 +202,10 @@ class StreamOptions:
             unread["residual_logit"] = "init 'paper' has a residual logit of its own"
         elif torch.equal(mixing.initial_logits(1.0), mixing.initial_logits(2.0)):
             unread["residual_logit"] = f"variant {self.variant!r} starts at the identity itself"
+        if not self.dynamic:
+            unread |= dict.fromkeys(("generator", "generator_rank"), "static mappings have no weight")
+        elif self.generator == "dense":
+            unread["generator_rank"] = "generator 'dense' has no rank"
         readout = READOUTS[self.readout].module
         if not self.dynamic and not (readout and readout.normed):
             unread["eps"] = "static mappings have no norm"
