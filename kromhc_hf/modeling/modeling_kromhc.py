@@ -19,6 +19,7 @@ The way from config.json to a running model:
 """
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -57,9 +58,9 @@ from .arrangement import check_complete
 from .configuration_kromhc import KromHCConfig, config_class, config_class_named, outside_config_class
 from .connection_plan import check_layers, find_decoder
 from .installation import connect_owners, install
-from .layer_fit import known_model_types
 from .layer_loop import methods_for_streams
 from .model_forward import with_readout
+from .model_types import known_model_types
 from .outside_families import BOUND, OutsideFamily, bind
 from .remote_code import Shareable, class_name
 from .stream_module import StreamModule
@@ -84,16 +85,26 @@ if TYPE_CHECKING:
     from .kernels_triton_language import AVAILABLE  # noqa: F401
     from .kernels_triton_projection import gates  # noqa: F401
     from .kernels_triton_width import Width  # noqa: F401
+    from .layer_fit import check_model_type  # noqa: F401
     from .layer_spec import Sublayer  # noqa: F401
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401
-    from .options import INITS  # noqa: F401
+    from .option_table import INITS  # noqa: F401
+    from .options import given_options  # noqa: F401
     from .outside_code import FAMILY_MODULE  # noqa: F401
+    from .releases import OLDEST  # noqa: F401
     from .stream_ends import expand  # noqa: F401
     from .stream_layers import Ends  # noqa: F401
     from .variants import VARIANTS  # noqa: F401
     from .variants_permutations import LARGEST_FACTOR  # noqa: F401
     from .variants_rotations import cayley  # noqa: F401
+
+
+FROM_SCRATCH = (
+    "hc_init='identity' is for pretrained weights, which it leaves as they are; these are random. Trained from scratch "
+    "with it, a model of 1M parameters was .068 +- .019 nats behind the plain residual after 480 steps (5 seeds). Use "
+    "hc_init='paper'."
+)
 
 
 class HyperConnectedModel(Shareable):
@@ -104,6 +115,8 @@ class HyperConnectedModel(Shareable):
     auto_class: ClassVar[Any] = None
     # From the model that holds the decoder layers to them; None in the models around it.
     hc_layers_path: str | None = None
+    # Of the model that holds the decoder layers: whether its weights are those that its constructor drew.
+    hc_weights_are_random: bool = False
 
     def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> "HyperConnectedModel":
         if not hasattr(cls, "backbone_class"):
@@ -122,6 +135,21 @@ class HyperConnectedModel(Shareable):
             connect_owners(decoder, model_class)
         else:
             install(check_layers(decoder), model_class)
+        # `from_pretrained` constructs without memory, and fills in the weights afterwards.
+        decoder.owners[-1].hc_weights_are_random = not any(p.is_meta for p in self.parameters())  # type: ignore[attr-defined]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.hc_weights_are_random = False
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        """Training mode, see `torch.nn.Module.train`; warns, once, where init "identity" meets random weights."""
+        if mode and self.hc_weights_are_random:
+            self.hc_weights_are_random = False
+            options = self.config.stream_options()  # type: ignore[attr-defined]
+            if options.init == "identity" and options.num_streams > 1:
+                warnings.warn(FROM_SCRATCH, UserWarning, stacklevel=2)
+        return super().train(mode)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # By what the class is generated from, as not every class has a name that an Auto class knows it by. A class
