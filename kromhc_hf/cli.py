@@ -287,19 +287,28 @@ def compare(
 @app.command()
 def demo(
     directory: Annotated[Path, typer.Option("--output", help="Folder for the results.")] = Path("demo-output"),
-    steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 60,
 ) -> None:
-    """Convert, verify, fine-tune, save and reload a tiny model that comes with the package."""
+    """See it work in a minute: a tiny model converted, trained beside its base, undone; one page to open."""
     from .demo import run_demo
 
     report = run_demo(directory, steps=steps, console=messages)
     output.print(_table(report.conversion))
-    output.print(f"held-out loss before {report.loss_before:.3f}, after {report.loss_after:.3f} nats per token")
-    output.print(f"after saving and loading again: {report.loss_reloaded:.3f}")
-    output.print(f"\nbefore: {report.text_before}\n\nafter:  {report.text_after}\n", markup=False)
-    output.print(f"picture of the mixing matrices: {report.picture}", soft_wrap=True)
-    output.print(f"fine-tuned model: {report.model}", soft_wrap=True)
-    if not report.conversion.passed:
+    plain, streams = report.without_streams, report.with_streams
+    output.print(f"held-out loss, nats per token: {plain.losses[0]:.3f} before any training")
+    output.print(
+        f"after {steps} steps without streams {plain.losses[-1]:.3f}, with four streams {streams.losses[-1]:.3f}"
+    )
+    output.print(f"the trained model saved and loaded again: {report.loss_reloaded:.3f}")
+    output.print(f"undone, the base is back bit for bit: {'yes' if report.undone else 'NO'}")
+    output.print(f"\nOpen {report.page} in a browser. What to try next:\n", soft_wrap=True)
+    for command in (
+        f"kromhc inspect {report.tuned} --before {report.converted} --output {directory / 'report'}",
+        f"kromhc convert YOUR-CHECKPOINT {directory / 'mine'} --num-streams 4",
+        f"kromhc compare YOUR-CHECKPOINT YOUR-TEXT.txt --output {directory / 'comparison'}",
+    ):
+        output.print(f"    {command}", soft_wrap=True, highlight=False)
+    if not report.conversion.passed or not report.undone:
         raise typer.Exit(1)
 
 

@@ -46,6 +46,7 @@ from .host import (
     config_class_name,
     keep_last_weights,
     known_to,
+    mirror_activation_scales,
     mirror_weight_conversion,
     name_for_task,
     record_outputs_of,
@@ -226,6 +227,9 @@ class HyperConnectedModel(Shareable):
         """
         owner, layers = find_decoder(self)[:2]
         check_complete(layers, owner[-1].config)
+        if getattr(getattr(self, "hf_quantizer", None), "pre_quantized", False):
+            # For what has been unpacked transformers has no way back, and asks for one with an error without words.
+            kwargs.setdefault("save_original_format", False)
         saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", args[0] if args else True):
             keep_last_weights(Path(save_directory))
@@ -354,6 +358,7 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
     mirror_weight_conversion(name, new_name)
     mirror_weight_conversion(model_type, config_type.model_type)
+    mirror_activation_scales(model_type, config_type.model_type)
     return type(new_name, (*(faces or (HyperConnectedModel,)), backbone_class), namespace)
 
 
