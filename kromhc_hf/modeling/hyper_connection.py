@@ -115,7 +115,9 @@ class HyperConnection(StreamModule):
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
         dtype = self._dtype(streams)
-        connect = select_connect(self.kernel, streams, dtype, self.num_streams, self.hidden_size)
+        connect = select_connect(
+            self.kernel, streams, dtype, self.num_streams, self.hidden_size, self.options["variant"]
+        )
         weight, bias, alpha = (optional_cast(p, dtype) for p in (self.weight, self.bias, self.alpha))
         assert bias is not None
         with without_autocast(streams):
@@ -134,7 +136,7 @@ class HyperConnection(StreamModule):
             one = torch.ones(*leading, 1, dtype=dtype, device=streams.device)
             return Mappings(one, one, one.unsqueeze(-1))
         assert self.bias is not None
-        with torch.autocast(streams.device.type, enabled=False):
+        with without_autocast(streams):
             projected = self._projected(streams.to(dtype))
             return Mappings(*self.mixing.mappings(*projected, self.bias, self.alpha, self.eps, leading))
 
@@ -155,7 +157,10 @@ class HyperConnection(StreamModule):
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.options["dynamic"] else "static"
-        device = torch.device("cpu") if self.bias is None else self.bias.device
-        kernel = described(self.kernel, device, self.num_streams)
         sizes = f"{self.hidden_size}, num_streams={self.num_streams}"
-        return f"{sizes}, variant={self.options['variant']!r}, {mode}, kernel={kernel}"
+        return f"{sizes}, variant={self.options['variant']!r}, {mode}, kernel={self.described_kernel()}"
+
+    def described_kernel(self) -> str:
+        """Which kernel was chosen, and what that is where the parameters are now, as `repr` shows it."""
+        device = torch.device("cpu") if self.bias is None else self.bias.device
+        return described(self.kernel, device, self.num_streams, self.options["variant"])
