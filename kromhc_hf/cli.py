@@ -240,7 +240,9 @@ def inspect(
 def compare(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint without hyper-connections.")],
     text: Annotated[Path, typer.Argument(help="A text to train on; its last tenth is held out.")],
-    directory: Annotated[Path, typer.Option("--output", help="Folder for runs, table and pictures; goes on there.")],
+    directory: Annotated[
+        Path, typer.Option("--output", help="Folder for runs, table and pictures; goes on there.")
+    ] = Path("comparison"),
     variants: Annotated[str, typer.Option(help="Names of variants, with commas between.")] = "kromhc",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm; arms with one seed see the same batches.")] = 3,

@@ -39,7 +39,7 @@ def arrange(layers: Any, config: Any) -> None:
 def _is_arranged(layers: Any, config: Any) -> bool:
     """Whether every layer knows where it is; False too where one is wrapped."""
     first, last = stretch(layers)
-    if _misses_the_norm(layers, last, config):
+    if _misses_the_norm(layers, first, last, config):
         return False
     for position, layer in enumerate(layers):
         if isinstance(layer, HyperConnectedLayer):
@@ -110,18 +110,20 @@ def check_arrangement(layers: Layers, config: Any) -> None:
             )
     check_distinct([layer for layer in layers if layer is not None])
     end = min(len(layers), config.num_hidden_layers) - 1
-    if _misses_the_norm(layers, last, config):
+    if _misses_the_norm(layers, first, last, config):
         raise ValueError(
-            f"readout {options.readout!r} follows the final norm of the model, so the layers with streams must go up "
-            f"to the last one, {end}; got {first} to {last}. Put plain layers in front of them alone."
+            f"readout {options.readout!r} follows the final norm of the model, so layers with streams must run up to "
+            f"the last one, {end}; got streams in {first} to {last}. Put plain layers in front of them alone and leave "
+            "early behind the first of them, or use readout='mean'."
         )
     _check_end(layers, "expand_hc", first, options.stream_embedding)
     _check_end(layers, "readout_hc", min(last, max(first, end)), READOUTS[options.readout].module is not None)
 
 
-def _misses_the_norm(layers: Any, last: int, config: Any) -> bool:
-    """Whether plain layers run between the last one with streams and the norm that these are to pass through."""
-    return 0 <= last < min(len(layers), config.num_hidden_layers) - 1 and layers[last].reads_out_after_norm()
+def _misses_the_norm(layers: Any, first: int, last: int, config: Any) -> bool:
+    """Whether what reaches the final norm are no streams, though they are to be joined behind it."""
+    end = min(len(layers), config.num_hidden_layers) - 1
+    return last >= 0 and not first <= end <= last and layers[last].reads_out_after_norm()
 
 
 def _check_end(layers: Layers, name: str, home: int, learned: bool) -> None:

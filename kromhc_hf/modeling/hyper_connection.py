@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .generators import GENERATORS
 from .kernels import check_kernel, described, select_connect
 from .kernels_eager import without_autocast
 from .mixing import cast
 from .options import BRANCH_OPTIONS, BranchKeywords, StreamOptions, show_options
+from .read_gate import gate_shapes, gated_part, initial_gate
 from .stream_module import INITIAL_ALPHA, StreamModule, new_parameter
 
 
@@ -57,11 +59,15 @@ class HyperConnection(StreamModule):
             where it cannot run), or "reference" (operations that autograd knows and nothing else: slow, and
             differentiable in every way). It can be set later, as the attribute `kernel`.
         **options: what a single hyper-connection reads of `StreamOptions`. Static mappings (`dynamic=False`) have no
-            `weight` and no `alpha`.
+            `weight` and no `alpha`; with another generator than "dense", the weight is made of factors.
 
     Raises:
         ValueError: for an option that is not allowed, such as a number of streams that the variant is not defined for.
     """
+
+    weight: nn.Parameter | None
+    read_down: nn.Parameter | None
+    read_up: nn.Parameter | None
 
     @show_options(BranchKeywords)
     def __init__(
@@ -91,8 +97,14 @@ class HyperConnection(StreamModule):
 
         dynamic = chosen.dynamic
         self.bias = parameter(sum(self.mixing.sizes))
-        self.weight = parameter(*self.mixing.weight_shape(hidden_size), wanted=dynamic)
+        self.register_parameter("weight", None)
+        self.generator = GENERATORS[chosen.generator]
+        self.weight_shapes = self.generator.shapes(self.mixing, hidden_size, chosen.generator_rank)
+        for name, shape in self.weight_shapes.items():
+            self.register_parameter(name, parameter(*shape, wanted=dynamic))
         self.alpha = parameter(3, wanted=dynamic)
+        for name, shape in gate_shapes(num_streams, hidden_size, chosen.read_rank).items():
+            self.register_parameter(name, parameter(*shape, wanted=chosen.read == "gated"))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -101,9 +113,18 @@ class HyperConnection(StreamModule):
             options = self.options
             bias = self.mixing.initial_bias(options["init"], self.branch_index, options["residual_logit"])
             init.copy_(self.bias, bias.to(self.bias.device))
-        if self.weight is not None and self.alpha is not None:
-            init.zeros_(self.weight)
+        if self.alpha is not None:
+            initial = self.generator.initial(self.weight_shapes, self.branch_index)
+            for name in self.weight_shapes:
+                part = self.get_parameter(name)
+                if name in initial:
+                    init.copy_(part, initial[name].to(part.device))
+                else:
+                    init.zeros_(part)
             init.constant_(self.alpha, INITIAL_ALPHA)
+        if self.read_down is not None and self.read_up is not None:
+            init.copy_(self.read_down, initial_gate(self.read_down.shape, self.branch_index).to(self.read_down.device))
+            init.zeros_(self.read_up)
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Width connection: reads the branch input from the streams `[B, S, n, C]`.
@@ -118,10 +139,14 @@ class HyperConnection(StreamModule):
         connect = select_connect(
             self.kernel, streams, dtype, self.num_streams, self.hidden_size, self.options["variant"]
         )
-        weight, bias, alpha = (optional_cast(p, dtype) for p in (self.weight, self.bias, self.alpha))
+        bias, alpha = (optional_cast(p, dtype) for p in (self.bias, self.alpha))
         assert bias is not None
         with without_autocast(streams):
+            weight = self._weight(dtype)
             branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps)
+            if self.read_down is not None and self.read_up is not None:
+                added = gated_part(streams, cast(self.read_down, dtype), cast(self.read_up, dtype), self.eps)
+                branch_input = cast(cast(branch_input, dtype) + added, streams.dtype)
 
         def write(branch_output: Tensor) -> Tensor:
             with without_autocast(streams):
@@ -150,10 +175,18 @@ class HyperConnection(StreamModule):
 
     def _projected(self, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The products of the features with the weight `[..., G, outputs]` and their mean squares `[..., G]`."""
-        if self.weight is None:
+        weight = self._weight(wide.dtype)
+        if weight is None:
             return None, None
-        features = wide.flatten(-2).unflatten(-1, (-1, self.weight.shape[1]))
-        return F.linear(features, self.weight.to(wide.dtype)), features.square().mean(-1)
+        features = wide.flatten(-2).unflatten(-1, (-1, weight.shape[1]))
+        return F.linear(features, weight), features.square().mean(-1)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor | None:
+        """What predicts the mappings, `[outputs, width]`; None if they are static."""
+        if self.alpha is None:
+            return None
+        parts = [cast(getattr(self, name), dtype) for name in self.weight_shapes]
+        return self.generator.weight(parts, self.mixing)
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.options["dynamic"] else "static"
