@@ -52,17 +52,23 @@ def environment(name: str, client: Client) -> Path:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = "\n".join(line for line in lines if not line.startswith("#") and Requirement(line).name not in asked)
     ours = (ROOT / "pyproject.toml").read_text(encoding="utf-8") if client.package else ""
-    state = hashlib.sha256("\n".join((*client.requirements, kept, ours, client.python)).encode()).hexdigest()
+    state = hashlib.sha256(
+        "\n".join((*client.requirements, *client.without, kept, ours, client.python)).encode()
+    ).hexdigest()
     ready = folder / ".ready"
     if not ready.is_file() or ready.read_text() != state:
         python = client.python or sys.executable
         subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
         constraints.write_text(kept + "\n")
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
         package = ["--editable", f"{ROOT}[peft]"] if client.package else []
-        done = subprocess.run([*pip, *client.requirements, *package], capture_output=True, text=True)
+        done = subprocess.run(
+            [*pip, "--constraint", str(constraints), *client.requirements, *package], capture_output=True, text=True
+        )
         if done.returncode != 0:
             raise RuntimeError(first_error(done.stderr))
+        if client.without:
+            subprocess.run([*pip[:3], "uninstall", "--quiet", "--yes", *client.without], check=True)
         ready.write_text(state)
     return folder / "bin"
 
