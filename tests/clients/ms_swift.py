@@ -56,7 +56,8 @@ CLIENT = Client(
     tool="ms-swift",
     requirements=("ms-swift==4.6.0", "transformers<5.20"),
     use="`swift sft --model MODEL --model_type FAMILY --template NAME`, for example `--model_type llama "
-    "--template default`: it runs the code beside a model by default, and finds the two by the name of a class that it knows.",
+    "--template default`: it runs the code beside a model by default, and finds the two by names of classes "
+    "that it knows.",
     checks=(Check("`swift sft`, the whole model, three steps", fine_tuned, agree),),
     # Its builds on the index are for another torch than that for CPUs.
     without=("torchvision",),

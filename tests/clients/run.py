@@ -51,10 +51,10 @@ def environment(name: str, client: Client) -> Path:
     asked = {Requirement(requirement).name for requirement in client.requirements}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = "\n".join(line for line in lines if not line.startswith("#") and Requirement(line).name not in asked)
-    ours = (ROOT / "pyproject.toml").read_text(encoding="utf-8") if client.package else ""
-    state = hashlib.sha256(
-        "\n".join((*client.requirements, *client.without, kept, ours, client.python)).encode()
-    ).hexdigest()
+    # What this package asks for stands in lines of its own.
+    ours = re.findall(r'^ {4}"[^"]+",$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    asks = (*client.requirements, *client.without, kept, *(ours if client.package else ()), client.python)
+    state = hashlib.sha256("\n".join(asks).encode()).hexdigest()
     ready = folder / ".ready"
     if not ready.is_file() or ready.read_text() != state:
         python = client.python or sys.executable
