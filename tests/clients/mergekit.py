@@ -64,7 +64,8 @@ def agree(base: tuple[float, int, int], converted: tuple[float, int, int]) -> st
 CLIENT = Client(
     tool="mergekit",
     requirements=("mergekit==0.1.5",),
-    use="`mergekit-yaml RECIPE OUT --trust-remote-code`. Without it mergekit stops, as it does not know the class.",
+    use="`mergekit-yaml RECIPE OUT --trust-remote-code`. Without it mergekit stops, as it does not know the class. "
+    "With `dtype: float32` hyper-connections stay in fp32; the merged folder has the code of the model.",
     checks=(
         Check("`mergekit-yaml`, `linear`, two tuned models", linear, agree),
         Check("`mergekit-yaml`, `task_arithmetic`, two tuned models and their start", tasks, agree),
