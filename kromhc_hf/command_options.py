@@ -4,12 +4,16 @@ import runpy
 from collections.abc import Callable
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .modeling.options import OPTIONS, StreamOptions, described_option
+from .modeling.option_table import OPTIONS, described_option
 from .modeling.outside_families import REGISTERED
+
+
+if TYPE_CHECKING:
+    from .modeling.options import StreamOptions
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -35,7 +39,8 @@ def stream_options(command: Callable[..., None]) -> Callable[..., None]:
         spelled = f"--{name.replace('_', '-')}"
         # What is on by default needs a word that turns it off.
         names = ("/".join((spelled, *option.flags)),) if option.default is True else (spelled, *option.flags)
-        hint: Any = Annotated[option.kind, typer.Option(*names, help=described_option(option))]
+        kind = option.kind if option.read is None else str | None
+        hint: Any = Annotated[kind, typer.Option(*names, help=described_option(option))]
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=hint))
     # What is not about hyper-connections comes last in the help.
     parameters += [p.replace(kind=Parameter.KEYWORD_ONLY) for p in present if p.default is not Parameter.empty]
@@ -44,7 +49,7 @@ def stream_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def refuse_unread(context: typer.Context, options: StreamOptions) -> None:
+def refuse_unread(context: typer.Context, options: "StreamOptions") -> None:
     """Refuses an option that was given and that nothing reads beside the others."""
     for name, reason in options.without_effect().items():
         # By name: the enumeration is click's, which some releases of typer have inside.
@@ -71,7 +76,7 @@ def run_family_file(path: Path | None) -> None:
 
 
 def parse_layers(text: str | None) -> str | range | None:
-    """`8:12` as a range; None and `all` as they are."""
+    """`8:12` as a range, of layers to compare; None and `all` as they are."""
     if text is None or text == "all":
         return text
     first, colon, stop = text.partition(":")

@@ -90,7 +90,7 @@ def test_a_broken_promise_exits_with_1(kromhc, base, tmp_path):
 
 def test_verify_layer_by_layer(kromhc, base, tmp_path):
     kromhc("convert", base, tmp_path / "out", "--no-verify", "--link", "symlink")
-    code, out, _ = kromhc("verify", base, tmp_path / "out", "--layers", "all")
+    code, out, _ = kromhc("verify", base, tmp_path / "out", "--layerwise", "all")
     assert code == 0
     assert "3 layers: all equal" in out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -131,6 +131,9 @@ def test_an_init_without_promise_exits_with_0(kromhc, base, tmp_path):
         ),
         (["convert", "{base}", "{tmp}/out", "--static", "--eps", "1"], "--eps would have no effect: static mappings"),
         (["convert", "{base}", "{tmp}/out", "--to-adapter", "{base}"], "No such option: --to-adapter"),
+        (["convert", "{base}", "{tmp}/out", "--layers", "1:9"], "at least one of the 3 decoder layers"),
+        (["convert", "{base}", "{tmp}/out", "--layers", "1"], "layers must be None for all decoder layers, or a range"),
+        (["convert", "{base}", "{tmp}/out", "-n", "1", "--layers", "1:2"], "--layers would have no effect"),
         (["push", "{base}", "ada/model"], "must hold a checkpoint with hyper-connections"),
         (["verify", "{base}", "{base}", "--layers", "2"], "layers must be all, or first:stop"),
         (["verify", "{base}", "{base}", "--layers", "2:9"], "layers must be 'all' or positions from 0 to 2"),
@@ -171,17 +174,19 @@ def test_demo(kromhc, tmp_path):
     code, out, _ = kromhc("demo", "--output", tmp_path / "demo", "--steps", 3)
     assert code == 0
     assert "bitwise equal" in out
-    picture = tmp_path / "demo/mixing.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert str(picture) in out
-    losses = [
-        float(word.rstrip(","))
-        for word in out.replace("\n", " ").split()
-        if word.rstrip(",").count(".") == 1 and word.rstrip(",").replace(".", "").isdigit()
-    ]
-    before, after, reloaded = losses[-3:]
-    assert after < before
-    assert after == reloaded
+    assert "undone, the base is back bit for bit: yes" in out
+    page = (tmp_path / "demo/demo.html").read_text(encoding="utf-8")
+    numbers = json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])
+    plain, streams = numbers["without_streams"], numbers["with_streams"]
+    assert plain["steps"] == streams["steps"] == [0, 1, 2, 3]
+    # Equal to the bit before the training, and each of them better after it.
+    assert plain["losses"][0] == streams["losses"][0]
+    assert all(curve["losses"][-1] < curve["losses"][0] for curve in (plain, streams))
+    assert f"loaded again: {streams['losses'][-1]:.3f}" in out
+    assert page.count("<svg") == 1 + 2 * (1 + 8)
+    # The commands to try next name what is there.
+    code, _, _ = kromhc(*out.partition("    kromhc ")[2].partition("\n")[0].split(), "--max-tokens", 8)
+    assert code == 0
     code, _, err = kromhc("demo", "--output", tmp_path / "demo")
     assert code == 2
     assert "demo is not empty. Remove it first." in err
@@ -244,7 +249,7 @@ def test_no_exception_is_a_traceback(kromhc, monkeypatch, error, code, message):
     def fail():
         raise error
 
-    monkeypatch.setattr("kromhc_hf.cli.families_table", fail)
+    monkeypatch.setattr("kromhc_hf.families_table.families_table", fail)
     found, out, err = kromhc("families")
     assert (found, out) == (code, "")
     assert message in err

@@ -8,7 +8,6 @@ import ast
 import functools
 import inspect
 import textwrap
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,39 +15,23 @@ from typing import Any
 
 import transformers
 
-
-# The oldest release that has what is used here, and the newest one that the tests have seen; docs/hosts.md.
-OLDEST, NEWEST = (5, 6), (5, 24)
-
-
-def release() -> tuple[int, int]:
-    """The installed release of transformers, without the part that counts corrections."""
-    major, minor = transformers.__version__.split(".")[:2]
-    return int(major), int(minor)
+# In front of the others, since it says which releases of transformers will do.
+from .releases import NEWEST, OLDEST, numbered
 
 
-def numbered(number: tuple[int, int]) -> str:
-    """(5, 6) -> "5.6"."""
-    return ".".join(map(str, number))
-
-
-if release() < OLDEST:
-    # Said here, in front of what older releases lack.
-    raise ImportError(
-        f"hyper-connections need transformers {numbered(OLDEST)} or newer; got {transformers.__version__}. "
-        f'Install it: pip install "transformers>={numbered(OLDEST)}".'
-    )
-
-from transformers.conversion_mapping import (  # noqa: E402
+# isort: split
+from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.core_model_loading import convert_and_load_state_dict_in_model  # noqa: E402
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # noqa: E402
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, hub  # noqa: E402
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # noqa: E402
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.integrations.awq import AWQ_SCALES_MAPPINGS
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, hub
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .outside_families import BOUND, bound_to  # noqa: E402
+from .outside_families import BOUND, bound_to
 
 
 # What releases and families call the argument by which a layer, or a module in it, is given the cache.
@@ -63,22 +46,6 @@ def why_absent(name: str) -> str:
         f": transformers {transformers.__version__} does not have its family. Install the release that "
         "transformers_version in the config.json of the model names, or a newer one"
     )
-
-
-def has_family(model_type: str) -> bool:
-    """Whether the installed release has a model type."""
-    return model_type in CONFIG_MAPPING_NAMES
-
-
-def warn_if_untested() -> None:
-    """Says once that the installed release is newer than the tests have seen; what it does otherwise is refused."""
-    if release() > NEWEST:
-        warnings.warn(
-            f"kromhc-hf is tested with transformers {numbered(OLDEST)} to {numbered(NEWEST)}; got "
-            f"{transformers.__version__}. Every layer is checked before it is changed, and what is not understood is "
-            "refused.",
-            stacklevel=3,
-        )
 
 
 def commit_of(repository: str, revision: str | None = None) -> str | None:
@@ -241,6 +208,14 @@ def class_names_for_task(auto_class: Any, model_type: str) -> tuple[str, ...]:
     return (*((names,) if isinstance(names, str) else names), *(cls.__name__ for cls in outside if cls is not None))
 
 
+def name_for_task(auto_class: Any, model_type: str, name: str) -> None:
+    """Lists the name of a class among those that do a task.
+
+    By this list Trainer tells under label smoothing that labels are shifted, and servers what a model takes.
+    """
+    auto_class._model_mapping._model_mapping[model_type] = name
+
+
 @contextmanager
 def known_to(auto_class: Any, config_type: Any, model_type: Any) -> Iterator[None]:
     """Lets an Auto class make models of `model_type`, if there is one, from `config_type` inside the block alone."""
@@ -260,6 +235,12 @@ def mirror_weight_conversion(key: str, new_key: str) -> None:
     conversion = get_checkpoint_conversion_mapping(key)
     if conversion is not None:
         register_checkpoint_conversion_mapping(new_key, conversion, overwrite=True)
+
+
+def mirror_activation_scales(model_type: str, new_type: str) -> None:
+    """Has AWQ scale the activations of a model type where it does so for another one, whose name it goes by."""
+    if model_type in AWQ_SCALES_MAPPINGS:
+        AWQ_SCALES_MAPPINGS[new_type] = AWQ_SCALES_MAPPINGS[model_type]
 
 
 def record_outputs_of(model: Any) -> None:

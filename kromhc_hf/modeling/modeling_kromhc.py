@@ -45,7 +45,9 @@ from .host import (
     config_class_name,
     keep_last_weights,
     known_to,
+    mirror_activation_scales,
     mirror_weight_conversion,
+    name_for_task,
     record_outputs_of,
     why_absent,
 )
@@ -56,9 +58,9 @@ from .arrangement import check_complete
 from .configuration_kromhc import KromHCConfig, config_class, config_class_named, outside_config_class
 from .connection_plan import check_layers, find_decoder
 from .installation import connect_owners, install
-from .layer_fit import known_model_types
 from .layer_loop import methods_for_streams
 from .model_forward import with_readout
+from .model_types import known_model_types
 from .outside_families import BOUND, OutsideFamily, bind
 from .remote_code import Shareable, class_name
 from .stream_module import StreamModule
@@ -82,14 +84,19 @@ if TYPE_CHECKING:
     from .kernels_triton_language import AVAILABLE  # noqa: F401
     from .kernels_triton_projection import gates  # noqa: F401
     from .kernels_triton_width import Width  # noqa: F401
+    from .layer_fit import check_model_type  # noqa: F401
     from .layer_spec import Sublayer  # noqa: F401
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401
-    from .options import INITS  # noqa: F401
+    from .option_table import INITS  # noqa: F401
+    from .options import given_options  # noqa: F401
     from .outside_code import FAMILY_MODULE  # noqa: F401
+    from .releases import OLDEST  # noqa: F401
     from .stream_ends import expand  # noqa: F401
+    from .stream_layers import Ends  # noqa: F401
     from .variants import VARIANTS  # noqa: F401
     from .variants_permutations import LARGEST_FACTOR  # noqa: F401
+    from .variants_rotations import cayley  # noqa: F401
 
 
 class HyperConnectedModel(Shareable):
@@ -194,6 +201,9 @@ class HyperConnectedModel(Shareable):
         """
         owner, layers = find_decoder(self)[:2]
         check_complete(layers, owner[-1].config)
+        if getattr(getattr(self, "hf_quantizer", None), "pre_quantized", False):
+            # For what has been unpacked transformers has no way back, and asks for one with an error without words.
+            kwargs.setdefault("save_original_format", False)
         saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", args[0] if args else True):
             keep_last_weights(Path(save_directory))
@@ -317,9 +327,12 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
         "forward": with_readout(backbone_class.forward),
         **methods_for_streams(backbone_class),
     }
+    for face in faces:
+        name_for_task(face.auto_class, config_type.model_type, new_name)
     # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
     mirror_weight_conversion(name, new_name)
     mirror_weight_conversion(model_type, config_type.model_type)
+    mirror_activation_scales(model_type, config_type.model_type)
     return type(new_name, (*(faces or (HyperConnectedModel,)), backbone_class), namespace)
 
 

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixing import SINKHORN_ITERATIONS, DenseMixing, Mixing, uneven_weights, widest_dtype
+from .mixing import DenseMixing, Mixing, uneven_weights, widest_dtype
+from .option_table import SINKHORN_ITERATIONS
 from .variants_permutations import CirculantMixing, KromHCMixing, MHCLiteMixing
+from .variants_rotations import GoMHCMixing, OrthogonalMixing
 
 
 class IdentityMixing(Mixing):
@@ -160,4 +162,6 @@ VARIANTS: dict[str, type[Mixing]] = {
     "hc": HCMixing,
     "one_sided": OneSidedMixing,
     "circulant": CirculantMixing,
+    "go_mhc": GoMHCMixing,
+    "orthogonal": OrthogonalMixing,
 }
