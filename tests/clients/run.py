@@ -119,16 +119,23 @@ def run(name: str, client: Client, models: Path, work: Path) -> Result:
     return {"date": today, "versions": result["versions"], "rows": rows}
 
 
+def not_run(client: Client) -> Result:
+    """The rows of a client that has no results yet."""
+    rows = [{"what": check.what, "outcome": "not run yet", "seen": ""} for check in client.checks]
+    return {"date": "", "versions": {}, "rows": rows}
+
+
 def page(results: dict[str, Result], listed: dict[str, Client]) -> str:
     """The table of all outcomes, then how each tool is used, in Markdown."""
     lines = ["| tool | run on | with | what was run | outcome | what was seen |", "|---|---|---|---|---|---|"]
-    for name, result in results.items():
+    for name, client in listed.items():
+        result = results.get(name) or not_run(client)
         used = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
         for row in result["rows"]:
-            cells = [listed[name].tool, result["date"], used, row["what"], row["outcome"], row["seen"]]
+            cells = [client.tool, result["date"], used, row["what"], row["outcome"], row["seen"]]
             lines.append("| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|") for cell in cells) + " |")
-    for name in results:
-        lines += ["", f"## {listed[name].tool}", "", listed[name].use]
+    for client in listed.values():
+        lines += ["", f"## {client.tool}", "", client.use]
     return "\n".join(lines)
 
 
