@@ -347,6 +347,36 @@ def families(
         output.print(table)
 
 
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a model, to tell about it too.")] = None,
+    family: Family = None,
+    trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what is installed, which kernel would run and why, and how the tools that are there are used."""
+    from .doctor import diagnosis
+
+    run_family_file(family)
+    found = diagnosis(model, trust_remote_code)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(show_header=False, box=SIMPLE, padding=(0, 1, 0, 0))
+    for name, value in found["versions"].items():
+        note = f" ({found['transformers']})" if name == "transformers" else ""
+        table.add_row(name, "not installed" if value is None else escape(f"{value}{note}"))
+    kernel = found["kernel"]
+    table.add_row("kernel", escape(f"{kernel['runs']} on {kernel['device']}: {kernel['why']}"))
+    for tool in found["tools"]:
+        table.add_row(escape(f"{tool['tool']} {tool['installed']}"), escape(f"{tool['outcome']}. {tool['use']}"))
+    if "model" in found:
+        row = found["model"]
+        support = f"supported, {row['exactness']}: " if row["supported"] else "refused: "
+        table.add_row(escape(f"model type {row['model_type']}"), escape(support + row["description"]))
+    output.print(table)
+
+
 def _print_inspection(inspection: "Inspection") -> None:
     from .inspection.tables import BRANCH_COLUMNS, branch_rows, total_rows
 
