@@ -1,62 +1,9 @@
-"""accelerate: `accelerate launch` with a plain training loop on two gloo processes, and a big model dispatched."""
+"""accelerate: a model loaded by its own reader of checkpoints, with part of it on disk."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from clients.client import Check, Client, Models, command, same, shown
-
-
-# A user's script: it knows of the package by one import.
-SCRIPT = """
-import json, sys, torch
-from accelerate import Accelerator
-from transformers import AutoModelForCausalLM
-import kromhc_hf
-
-source, target = sys.argv[1:]
-accelerator = Accelerator(cpu=True)
-model = AutoModelForCausalLM.from_pretrained(source)
-model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-2))
-losses = []
-for step in range(3):
-    ids = torch.arange(24).view(2, 12)[accelerator.process_index :][:1] + step
-    loss = model(input_ids=ids, labels=ids).loss
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    losses.append(accelerator.gather(loss.detach()[None]).mean().item())
-accelerator.unwrap_model(model).save_pretrained(target, is_main_process=accelerator.is_main_process)
-accelerator.wait_for_everyone()
-if accelerator.is_main_process:
-    assert accelerator.num_processes == 2
-    AutoModelForCausalLM.from_pretrained(target)
-    json.dump(losses, open(target + "/losses.json", "w"))
-"""
-
-
-def launched(models: Models, work: Path) -> list[float]:
-    (work / "train.py").write_text(SCRIPT)
-    options = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    launch = ["accelerate", "launch", *options, "--main_process_port", "0"]
-    command(*launch, work / "train.py", models.start, work / "out", folder=work)
-    return json.loads((work / "out" / "losses.json").read_text())
-
-
-def agree(base: list[float], converted: list[float]) -> str:
-    assert base[0] == converted[0], f"the first loss of the base is {base[0]}, ours {converted[0]}"
-    assert converted[-1] < converted[0]
-    return f"the first loss of the base; losses {shown(converted)}, of the base {shown(base)}; saved and loaded"
+from clients.client import Check, Client, Models, same
 
 
 def dispatched(models: Models, work: Path) -> Any:
@@ -82,9 +29,8 @@ def dispatched(models: Models, work: Path) -> Any:
 CLIENT = Client(
     tool="accelerate",
     requirements=("accelerate==1.15.0",),
-    use="`import kromhc_hf` in the script, then `accelerate launch SCRIPT`.",
+    use="`import kromhc_hf` in the script.",
     checks=(
-        Check("`accelerate launch`, two gloo processes, three steps of SGD", launched, agree),
         Check("`load_checkpoint_and_dispatch` with layers on disk: distance from `from_pretrained`", dispatched, same),
     ),
 )
