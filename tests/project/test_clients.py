@@ -118,9 +118,3 @@ def test_models_are_found_by_kind(tmp_path):
         tmp_path / "base/start",
         tmp_path / "converted/start",
     )
-
-
-def test_the_readme_has_the_date_of_the_page():
-    readme = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
-    newest = max(result["date"] for result in results().values())
-    assert f"as run on {newest}: [docs/works-with.md](docs/works-with.md)" in readme
