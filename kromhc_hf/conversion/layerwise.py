@@ -16,7 +16,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.decoder_layer import HyperConnectedLayer
-from ..modeling.host import load_tensors, returned_beside
+from ..modeling.host import forward_defaults, forward_parameters, load_tensors
+from ..modeling.layer_returns import returned_beside, returned_values
 from ..modeling.stream_ends import expand, mean_of_streams
 from .stored_model import StoredModel, head_output
 from .stored_tensors import check_tensors, places_in_model, quantization_of
@@ -109,7 +110,9 @@ class LayerwiseModel:
     def _pass_through(self, position: int) -> Any:
         layer, is_last = self.layers[position], position == len(self.layers) - 1
         layer_class: Any = getattr(layer, "layer_class", type(layer))
-        returned = returned_beside(layer_class)
+        connected = isinstance(layer, HyperConnectedLayer)
+        returned = layer.interface.returned if connected else returned_beside(layer, layer_class)
+        names, defaults = forward_parameters(layer_class)[0][1:], forward_defaults(layer_class)
         num_streams = self.layers[0].hc_options.num_streams if isinstance(self.layers[0], HyperConnectedLayer) else None
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +120,9 @@ class LayerwiseModel:
                 hidden_states = expand(hidden_states, num_streams)
             if is_last and hidden_states.dim() == 4:
                 hidden_states = mean_of_streams(hidden_states)
-            return hidden_states if returned is None else (hidden_states, *(None for _ in returned))
+            if returned is None:
+                return hidden_states
+            return hidden_states, *returned_values(returned, {}, defaults | dict(zip(names, args)) | kwargs)
 
         return forward
 

@@ -82,6 +82,8 @@ if TYPE_CHECKING:
     from .kernels_triton_language import AVAILABLE  # noqa: F401
     from .kernels_triton_projection import gates  # noqa: F401
     from .kernels_triton_width import Width  # noqa: F401
+    from .layer_returns import Beside  # noqa: F401
+    from .layer_source import own_path  # noqa: F401
     from .layer_spec import Sublayer  # noqa: F401
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401
