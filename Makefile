@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor deepspeed clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor clients deepspeed clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -72,14 +72,13 @@ floor: .venv-floor/.ready
 hosts: $(READY)
 	$(BIN)/python tests/hosts/run.py --write docs/hosts.md
 
-# The tests under DeepSpeed, which makes every import of accelerate slower and wants a compiler.
-deepspeed: .venv-deepspeed/.ready
-	.venv-deepspeed/bin/python -m pytest tests/test_deepspeed.py
+# The tools that people already use, each in an environment of its own: `make clients CLIENTS="lm_eval mergekit"` for some.
+clients: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python -m clients.run $(CLIENTS) --write docs/works-with.md
 
-.venv-deepspeed/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-deepspeed
-	.venv-deepspeed/bin/pip install --constraint constraints.txt --editable ".[peft]" accelerate datasets pytest deepspeed
-	@touch $@
+# The tests under DeepSpeed, which makes every import of accelerate slower and wants a compiler.
+deepspeed: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python -m clients.run deepspeed
 
 clean:
-	rm -rf $(VENV) .venv-deepspeed .venv-floor .hosts demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-floor .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

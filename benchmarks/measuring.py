@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from kromhc_hf.study import timing
 
 
 # The plainest eager style, written from the papers' equations, is the batched twin among the tests.
@@ -19,6 +18,7 @@ from support import reference
 
 
 eager_kromhc = reference.eager_kromhc
+ratio = timing.ratio
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,29 +35,9 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
     return parser
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def in_turn(candidates: Mapping[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every candidate in every round. All run once in each round, so that they see the same machine."""
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for attempt in range(options.rounds + 2):
-        for name, run in candidates.items():
-            synchronize()
-            start = clock()
-            run()
-            synchronize()
-            if attempt >= 2:  # the first ones warm up
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The median over the rounds of the ratio within the round."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+    return timing.in_turn(candidates, options.rounds, options.cpu_time)
 
 
 def saved_bytes(run: Callable[[], Any], besides: Sequence[torch.Tensor]) -> int:
@@ -99,13 +79,9 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on."""
-    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
-    if not options.device.startswith("cuda") and Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return {
         "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-        "device": name,
+        "device": timing.device_name(options.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "clock": "CPU time" if options.cpu_time else "wall",

@@ -45,7 +45,7 @@ def depth_errors(variant: str, num_streams: int = 4, samples: int = 256) -> list
     """The error of the product of the first 1, 2, ... mixing matrices, for logits around the published init."""
     torch.manual_seed(0)
     mixing = make_mixing(variant, num_streams)
-    spread = SPREAD_OF_ENTRIES if mixing.doubly_stochastic == "no" else SPREAD
+    spread = SPREAD_OF_ENTRIES if variant == "hc" else SPREAD
     start = mixing.initial_logits(PAPER_RESIDUAL_LOGIT)
     product, errors = torch.eye(num_streams).expand(samples, -1, -1), []
     for _ in range(DEPTH):

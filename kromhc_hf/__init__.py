@@ -17,6 +17,7 @@ from .growing import Growth, grow_streams
 from .inspection.inspection import inspect_checkpoints, inspect_model
 from .inspection.recording import BranchRecord, record_mappings
 from .inspection.report import write_report
+from .liger_kernels import register_with_liger
 from .modeling.configuration_kromhc import KromHCConfig
 from .modeling.host import warn_if_untested
 from .modeling.hyper_connection import HyperConnection, Mappings
@@ -114,6 +115,7 @@ __all__ = [
 warn_if_untested()
 register()
 register_with_peft()
+register_with_liger()
 
 # Imported when asked for: the first needs transformers' Trainer, the second the optional package peft.
 _NEEDS_PEFT = {

@@ -32,6 +32,7 @@ from .command_options import (
     Subfolder,
     TrustCode,
     WeightVariant,
+    learning_rates,
     parse_layers,
     refuse_unread,
     run_family_file,
@@ -229,6 +230,54 @@ def inspect(
             _print_inspection(inspection)
     if directory is not None:
         messages.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint without hyper-connections.")],
+    text: Annotated[Path, typer.Argument(help="A text to train on; its last tenth is held out.")],
+    directory: Annotated[Path, typer.Option("--output", help="Folder for runs, table and pictures; goes on there.")],
+    variants: Annotated[str, typer.Option(help="Names of variants, with commas between.")] = "kromhc",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 100,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm; arms with one seed see the same batches.")] = 3,
+    lr: Annotated[
+        str, typer.Option(help="Learning rate of the backbone; of several the best is chosen per arm.")
+    ] = "3e-4",
+    hyper_connection_lr: Annotated[float, typer.Option(help="Learning rate of the hyper-connections.")] = 1e-2,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
+    num_streams: Annotated[int, typer.Option("--num-streams", "-n", min=2, help="Number of streams.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time on a CPU, one thread each.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU if there is one.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Train a checkpoint further with streams, without, and with the controls; a table with error bars and a plot."""
+    import torch
+
+    from .study.comparison import compare as run_comparison
+    from .study.comparison import comparison, prepare
+    from .study.report import table
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    workers = 1 if device != "cpu" else workers
+    rates = learning_rates(lr)
+    settings: dict[str, Any] = {
+        **{"steps": steps, "eval_every": max(1, steps // 5), "length": length, "batch": batch},
+        **{
+            "num_streams": num_streams,
+            "lr": rates[0],
+            "lr_grid": rates if len(rates) > 1 else None,
+            "hyper_connection_lr": hyper_connection_lr,
+        },
+    }
+    study = comparison(model, text, [name.strip() for name in variants.split(",")], seeds, settings)
+    with messages.status("measuring what a step of each arm costs"):
+        minutes = prepare(study, directory, device) / workers / 60
+    messages.print(f"{len(study.arms)} arms, {seeds} seeds, {steps} steps: about {minutes:.0f} minutes", soft_wrap=True)
+    summary = run_comparison(study, directory, workers, device)
+    print(json.dumps(summary, indent=2) if as_json else table(summary))
+    messages.print(f"pictures: {directory / 'differences.png'}, {directory / 'curves.png'}", soft_wrap=True)
 
 
 @app.command()

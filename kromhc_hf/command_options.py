@@ -80,3 +80,14 @@ def parse_layers(text: str | None) -> str | range | None:
             f"layers must be all, or first:stop with two whole numbers; got {text!r}. Use for example 0:4."
         )
     return range(int(first), int(stop))
+
+
+def learning_rates(text: str) -> list[float]:
+    """`1e-4,3e-4` as numbers."""
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"lr must be numbers with commas between; got {text!r}. Use for example 1e-4,3e-4.") from error
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError(f"lr must be above 0; got {text!r}. Use for example 1e-4,3e-4.")
+    return rates

@@ -15,7 +15,7 @@ from .modeling.hyper_connection import HyperConnection
 from .modeling.layer_fit import check_own_forward
 from .modeling.options import StreamOptions
 from .modeling.stream_ends import READOUTS, SigmoidReadout, SoftmaxReadout, StreamReadout
-from .modeling.variants import KromHCMixing, prime_factors
+from .modeling.variants_permutations import KromHCMixing, prime_factors
 from .whole_models import check_not_a_part
 
 

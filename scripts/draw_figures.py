@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from kromhc_hf import HyperConnection
-from kromhc_hf.inspection.inspection import compared_sum_errors
+from kromhc_hf.inspection.inspection import COMPARED_VARIANTS, compared_sum_errors
 from kromhc_hf.inspection.plots import WIDTH, curves_figure, draw_matrix, new_figure, style
 from kromhc_hf.inspection.themed_svg import INK, SERIES, to_svg
-from kromhc_hf.modeling.variants import VARIANTS, make_mixing
+from kromhc_hf.modeling.variants import make_mixing
 from kromhc_hf.parameter_counts import count_parameters
 
 
@@ -47,7 +47,7 @@ def parameters() -> Any:
     """Added parameters of 24 branches at a hidden size of 768, by variant and number of streams."""
     figure = new_figure(WIDTH, 3.0)
     panel = figure.subplots()
-    for i, variant in enumerate(name for name in VARIANTS if name != "identity"):
+    for i, variant in enumerate(name for name in COMPARED_VARIANTS if name != "identity"):
         counts = {}
         for n in STREAMS:
             try:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,23 @@ def test_convert_then_verify(kromhc, base, tmp_path):
     report = json.loads(out)
     assert code == 0
     assert (report["lossless"], report["passed"], report["tokens"], report["dtype"]) == (True, True, 20, "bfloat16")
+
+
+def test_compare_trains_every_arm_and_goes_on_where_it_was(kromhc, tmp_path):
+    demo_data = Path(__file__).parents[1] / "kromhc_hf" / "demo_data"
+    model, text = demo_data / "gpt2-tinystories-1M", demo_data / "tinyshakespeare.txt"
+    given = [model, text, "--output", tmp_path / "out", "--steps", 2, "--seeds", 1, "--length", 16, "--batch", 1]
+    given += ["--workers", 1, "--variants", "kromhc"]
+    code, out, err = kromhc("compare", *given)
+    assert code == 0
+    assert "4 arms, 1 seeds, 2 steps: about 0 minutes" in err
+    assert all(f"| {name} | 2 |" in out for name in ("no streams", "learned branch scales", "identity", "kromhc"))
+    code, out, _ = kromhc("compare", *given, "--json")
+    assert (code, json.loads(out)["reference"]) == (0, "no streams")
+    for wrong, message in (("lr", "lr must be"), ("variants", "variant must be one of")):
+        code, out, err = kromhc("compare", *given, f"--{wrong}", "many")
+        assert (code, out) == (2, "")
+        assert message in err
 
 
 def test_convert_without_verification_as_json(kromhc, base, tmp_path):

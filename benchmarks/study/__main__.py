@@ -3,6 +3,8 @@
 python -m benchmarks.study benchmarks/studies/small.yaml --output out/small  # table, summary.json, pictures
 python -m benchmarks.study STUDY.yaml --output FOLDER --measure-cost  # cost.json alone, quiet machine
 python -m benchmarks.study STUDY.yaml --output FOLDER --compare published.json  # exit 1 if they disagree
+python -m benchmarks.study STUDY.yaml --output FOLDER --device cuda  # bf16 by autocast
+python -m benchmarks.study STUDY.yaml --output FOLDER --dry-run  # a hundredth of the steps, one window each, one seed
 
 Arms with the same seed see the same batches, so their losses are compared in pairs. Every run is one file in
 FOLDER/runs; a run that is there with the same settings is not done again, so an interrupted study goes on where it was.
@@ -23,11 +25,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.study.config import StudyError, load_study
-from benchmarks.study.cost import at_equal_time, measure_costs, read_costs
-from benchmarks.study.report import draw_curves, draw_differences, summarize, table
-from benchmarks.study.runs import execute, quiet, results, write_atomically
-from benchmarks.study.statistics import agreements
+from kromhc_hf.study.arm import StudyError
+from kromhc_hf.study.cost import at_equal_time, measure_costs, read_costs
+from kromhc_hf.study.report import draw_curves, draw_differences, summarize, table
+from kromhc_hf.study.runs import execute, quiet, results, write_atomically
+from kromhc_hf.study.statistics import agreements
+from kromhc_hf.study.study_file import load_study, rehearsal
+from kromhc_hf.study.timing import device_name
+from kromhc_hf.study.tuning import tuned
 
 
 DEFAULT_SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -60,7 +65,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", type=Path, help="a published summary.json that the results must agree with")
     parser.add_argument("--measure-cost", action="store_true", help="measure the cost of the arms' steps and stop")
     parser.add_argument("--rounds", type=int, default=15, help="of --measure-cost")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for bf16 by autocast on one card, one worker")
+    parser.add_argument("--text", help="another text for all arms, by its path in the shared folder")
+    parser.add_argument("--dry-run", action="store_true", help="see that it runs: the numbers say nothing")
     options = parser.parse_args(argv)
+    if options.device != "cpu":
+        options.workers = 1
     if options.workers < 1:
         parser.error(f"--workers must be at least 1; got {options.workers}. Use the number of free cores.")
     return options
@@ -68,9 +78,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def study(options: argparse.Namespace) -> int:
     quiet()
-    plan = load_study(options.study, options.shared)
+    changes = {} if options.text is None else {"text": options.text}
+    plan = load_study(options.study, options.shared, changes)
+    if options.dry_run:
+        plan = rehearsal(plan)
     if options.measure_cost:
-        measure_costs(plan, options.output, options.shared, options.rounds)
+        measure_costs(plan, options.output, options.shared, options.rounds, options.device)
     costs = read_costs(plan, options.output)
     published = None if options.compare is None else read_summary(options.compare)
     if options.measure_cost:
@@ -78,7 +91,8 @@ def study(options: argparse.Namespace) -> int:
             print(f"{name}: {times:.2f} times a step of {plan.compared_with(name)}")
         return 0
     plan = at_equal_time(plan, costs)
-    execute(plan, options.output, options.shared, options.workers)
+    plan = tuned(plan, options.output, options.shared, options.workers, options.device)
+    execute(plan, options.output, options.shared, options.workers, options.device)
     summary = summarize(plan, results(plan, options.output), costs, machine(options))
     write_atomically(options.output / "summary.json", summary)
     draw_differences(summary, options.output / "differences.png")
@@ -90,7 +104,10 @@ def study(options: argparse.Namespace) -> int:
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers may depend on beside the settings."""
     packages = {package: version(package) for package in ("torch", "transformers", "kromhc-hf")}
-    return {"study": options.study.name, "processor": platform.machine(), "threads per run": 1, **packages}
+    where = {"device": "cpu", "processor": platform.machine(), "threads per run": 1}
+    if options.device != "cpu":
+        where = {"device": options.device, "name": device_name(options.device)}
+    return {"study": options.study.name, **where, **packages}
 
 
 def read_summary(path: Path) -> dict[str, Any]:

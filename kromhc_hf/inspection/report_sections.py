@@ -188,9 +188,9 @@ def _sum_errors(inspection: Inspection, before: Inspection | None) -> Section:
     return Section(
         "Are row and column sums kept? By variant",
         "How far the row and column sums of the product over depth are from 1, the largest one at the worst token: for "
-        "this model, and, as a yardstick that has nothing to do with its weights, for random matrices of every variant "
-        "that exists for this number of streams (logits with standard deviation 4, of hc entries with 0.1 around the "
-        "identity, 64 draws). Sinkhorn iterations (mhc) leave an error, the others round in float32.",
+        "this model, and, as a yardstick that has nothing to do with its weights, for random matrices of other "
+        "variants, where they exist for this number of streams (logits with standard deviation 4, of hc entries with "
+        "0.1 around the identity, 64 draws). Sinkhorn iterations (mhc) leave an error, the others round in float32.",
         [Picture("large", "row and column sum error over depth by variant", draw)],
     )
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .kernels_connect import TRITON, connect_passes, connect_triton
 from .kernels_eager import connect
-from .variants import VARIANTS, prime_factors
+from .variants import VARIANTS
+from .variants_permutations import prime_factors
 
 
 # Of the check: kernels take few tokens and many in programs of different sizes.

@@ -200,6 +200,11 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def widest_dtype(tensor: Tensor) -> torch.dtype:
+    """float64, where the device has it: for sums over many entries of a small matrix."""
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64
+
+
 def snap_distance(dtype: torch.dtype) -> float:
     """By how much a sum of weights may miss 1 and be taken to be exactly 1: 4 eps.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.hyper_connection import HyperConnection
-from ..modeling.variants import prime_factors
+from ..modeling.variants_permutations import prime_factors
 
 
 # Their norm divides by max(|x|, 1e-12), ours by sqrt(mean(x^2) + eps): over the normed features this is the same floor.

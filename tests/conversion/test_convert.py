@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kromhc_hf import convert_checkpoint, hyper_connection_state_dict, verify_conversion
 from kromhc_hf.conversion.files import find_weights, read_json
+from kromhc_hf.modeling.variants import VARIANTS
 
 
 FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -162,7 +163,7 @@ def test_accelerate_loads_all_of_it(base, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.state_dict().items())
 
 
-@pytest.mark.parametrize("variant", ["hc", "mhc", "mhc_lite", "tbp", "identity"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "kromhc"])
 def test_other_variants_and_learned_ends(base, tmp_path, variant):
     report = convert_checkpoint(
         base, tmp_path / "out", variant=variant, readout="softmax", stream_embedding=True, verify=True

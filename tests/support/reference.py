@@ -74,6 +74,22 @@ def tbp_matrix(logits: Tensor, n: int) -> Tensor:
     return torch.stack([torch.stack(row) for row in h_res])
 
 
+def one_sided_matrix(logits: Tensor, n: int) -> Tensor:
+    """softmax over each row of the logits, whose diagonal is 0."""
+    values = iter(logits)
+    rows = [torch.stack([logits.new_zeros(()) if i == j else next(values) for j in range(n)]) for i in range(n)]
+    return torch.stack([row.exp() / row.exp().sum() for row in rows])
+
+
+def circulant_matrix(logits: Tensor, n: int) -> Tensor:
+    """sum_k c_k P^k, with P[i, i + 1] = 1."""
+    shift = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        shift[i, (i + 1) % n] = 1
+    shares = torch.softmax(pinned(logits), dim=0)
+    return sum(share * torch.linalg.matrix_power(shift, k) for k, share in enumerate(shares))
+
+
 MATRICES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "kromhc": kromhc_matrix,
     "identity": lambda logits, n: torch.eye(n, dtype=torch.float64),
@@ -81,6 +97,8 @@ MATRICES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "mhc_lite": mhc_lite_matrix,
     "tbp": tbp_matrix,
     "hc": lambda logits, n: logits.reshape(n, n),
+    "one_sided": one_sided_matrix,
+    "circulant": circulant_matrix,
 }
 
 

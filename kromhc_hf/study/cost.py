@@ -5,7 +5,6 @@ round. `equal_time` then gives an arm as many steps as the other's time buys. It
 read off in the middle of a longer cosine is not annealed and would be unfair to the dearer arm.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -15,17 +14,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import in_turn, machine, ratio
-from benchmarks.study.config import Arm, Study, StudyError
-from benchmarks.study.data import load_corpus
-from benchmarks.study.runs import write_atomically
-from benchmarks.study.training import Training
+from .arm import Arm, StudyError
+from .data import load_corpus
+from .runs import results, write_atomically
+from .study_file import Study
+from .timing import device_name, in_turn, ratio
+from .training import Training
 
 
 # What a step's cost does not depend on.
 IRRELEVANT = (
-    *("steps", "eval_every", "held_out_windows", "lr", "lr_ratio", "weight_decay"),
-    *("residual_logit", "symmetry_breaking"),
+    *("steps", "eval_every", "held_out_windows", "lr", "lr_grid", "lr_ratio", "hyper_connection_lr", "weight_decay"),
+    *("betas", "hyper_connection_betas", "warmup", "final_lr", "held_out_share", "validation_share"),
+    *("residual_logit", "symmetry_breaking", "wider_as"),
 )
 
 
@@ -33,10 +34,10 @@ def cost_settings(arm: Arm) -> dict[str, Any]:
     return {key: value for key, value in arm.settings().items() if key not in IRRELEVANT}
 
 
-def measure_costs(study: Study, folder: Path, shared: Path, rounds: int) -> None:
-    """Measures every arm on one thread, in CPU time, and writes `cost.json` into the folder."""
+def measure_costs(study: Study, folder: Path, shared: Path, rounds: int, device: str = "cpu") -> None:
+    """Measures every arm, on a CPU on one thread and in CPU time, and writes `cost.json` into the folder."""
     torch.set_num_threads(1)
-    options = argparse.Namespace(rounds=rounds, cpu_time=True, device="cpu")
+    cpu_time = device == "cpu"
     found: list[dict[str, Any]] = []
     for name, arm in study.arms.items():
         other = study.arms[study.compared_with(name)]
@@ -44,20 +45,22 @@ def measure_costs(study: Study, folder: Path, shared: Path, rounds: int) -> None
         if settings[0] != settings[1] and not any(entry["settings"] == settings for entry in found):
             print(f"measuring {name}", file=sys.stderr, flush=True)
             steps = {
-                key: Training(it, 0, load_corpus(it, shared, folder / "tokens"), shared).step
+                key: Training(it, 0, load_corpus(it, shared, folder / "tokens"), shared, device).step
                 for key, it in (("arm", arm), ("other", other))
             }
-            seconds = in_turn(steps, options)
+            seconds = in_turn(steps, rounds, cpu_time)
             found.append(
                 {
                     "arm": name,
                     "against": study.compared_with(name),
                     "times": ratio(seconds["arm"], seconds["other"]),
                     "seconds_per_step": statistics.median(seconds["arm"]),
+                    "other_seconds_per_step": statistics.median(seconds["other"]),
                     "settings": settings,
                 }
             )
-    write_atomically(folder / "cost.json", {"machine": machine(options), "costs": found})
+    about = {"device": device_name(device), "torch": torch.__version__, "clock": "CPU time" if cpu_time else "wall"}
+    write_atomically(folder / "cost.json", {"machine": about, "costs": found})
 
 
 def read_costs(study: Study, folder: Path) -> dict[str, float]:
@@ -73,6 +76,21 @@ def read_costs(study: Study, folder: Path) -> dict[str, float]:
             if entry["settings"] == settings:
                 costs[name] = entry["times"]
     return costs
+
+
+def seconds_left(study: Study, folder: Path) -> float:
+    """How long the runs of a study that are not there yet will take one after the other, evaluations left out."""
+    entries = json.loads((folder / "cost.json").read_text(encoding="utf-8"))["costs"]
+    seconds: dict[str, float] = {}
+    for entry in entries:
+        for name, key in ((entry["arm"], "seconds_per_step"), (entry["against"], "other_seconds_per_step")):
+            seconds[name] = entry[key]
+    done, total = results(study, folder), 0.0
+    for name, arm in study.arms.items():
+        # One seed more for each learning rate that is tried.
+        left = len(study.seeds) - len(done[name]) + len(arm.lr_grid or ())
+        total += left * arm.steps * seconds.get(name, max(seconds.values(), default=0.0))
+    return total
 
 
 def at_equal_time(study: Study, costs: dict[str, float]) -> Study:

@@ -1,18 +1,20 @@
-"""The model of an arm: the base, its streams, its adapters, and the optimizer that goes with them."""
+"""The model of an arm: the base, its streams or controls, its adapters."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.study.config import Arm
-from kromhc_hf import HyperConnection, apply_hyper_connections, freeze_backbone, optimizer_param_groups
-from kromhc_hf.training import hyper_connection_parameters
+from ..applying import apply_hyper_connections
+from ..modeling.hyper_connection import HyperConnection
+from ..training import freeze_backbone, hyper_connection_parameters
+from .arm import Arm
+from .controls import scale_branches
+from .data import vocabulary_size
 
 
-BETAS = (0.9, 0.95)
 # Of h_post around its mean 1, with unequal writes.
 WRITE_SPREAD = 0.5
 
@@ -21,16 +23,18 @@ def plain_model(arm: Arm, shared: Path) -> Any:
     """The model without streams, in fp32; from scratch its weights are drawn from torch's global generator."""
     if arm.backbone is None:
         return AutoModelForCausalLM.from_pretrained(shared / str(arm.model), dtype=torch.float32)
-    vocabulary = len(AutoTokenizer.from_pretrained(shared / str(arm.tokenizer)))
-    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": vocabulary, **arm.backbone}))
+    fields = {"model_type": "llama", "vocab_size": vocabulary_size(arm, shared), **arm.backbone}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
 
 
 def adapted_model(arm: Arm, model: Any) -> Any:
-    """The plain model with the arm's streams and adapters, and what is not trained frozen; changes `model`."""
+    """The plain model with the arm's streams, controls and adapters, what is not trained frozen; changes `model`."""
     if arm.variant is not None:
         apply_hyper_connections(model, **arm.stream_options().to_dict())
         if arm.symmetry_breaking == "unequal_writes":
             write_unequally(model)
+    if arm.branch_scale is not None:
+        scale_branches(model, arm.branch_scale, arm.learned_branch_scale)
     if arm.trained == "hyper_connections":
         freeze_backbone(model)
     return model if arm.lora_rank is None else _with_lora(model, arm.lora_rank)
@@ -69,23 +73,25 @@ def _with_lora(model: Any, rank: int) -> Any:
     )
 
 
-def make_optimizer(arm: Arm, model: nn.Module) -> torch.optim.Optimizer:
-    if arm.variant is not None:
-        groups = optimizer_param_groups(model, arm.lr, arm.lr_ratio * arm.lr, arm.weight_decay)
-    else:
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if p.dim() > 1], "weight_decay": arm.weight_decay},
-            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=arm.lr, betas=BETAS)
+def added_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of hyper-connections, or of what stands in for them in a control; none in the plain model."""
+    try:
+        return hyper_connection_parameters(model)
+    except ValueError:
+        return []
 
 
-def parameter_counts(arm: Arm, model: nn.Module) -> dict[str, int]:
+def parameter_counts(model: nn.Module) -> dict[str, int]:
     """How many parameters are trained, and how many the base model does not have."""
-    added = {name: p.numel() for name, p in model.named_parameters() if "lora_" in name}
-    streams = hyper_connection_parameters(model) if arm.variant is not None else []
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
     return {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "added": sum(added.values()) + sum(p.numel() for p in streams),
+        "added": sum(p.numel() for p in (*adapters, *added_parameters(model)) if p.requires_grad),
     }
+
+
+def size(arm: Arm, shared: Path) -> int:
+    """The number of parameters of an arm's model; nothing is allocated."""
+    with torch.device("meta"):
+        model = plain_model(arm, shared)
+    return sum(p.numel() for p in adapted_model(arm, model).parameters())

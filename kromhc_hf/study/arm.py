@@ -1,21 +1,20 @@
-"""A study as data: what its arms are, read from a YAML file and checked as a whole before anything runs."""
+"""One arm of a study: everything that its result depends on, checked."""
 
 import dataclasses
 import re
 import typing
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from benchmarks.study.statistics import MOST_SEEDS
-from kromhc_hf.modeling.options import OPTIONS, StreamOptions, with_option_fields
-from kromhc_hf.modeling.stream_ends import READOUTS
-from kromhc_hf.modeling.variants import VARIANTS
+from ..modeling.options import OPTIONS, StreamOptions, with_option_fields
+from ..modeling.stream_ends import READOUTS
+from ..modeling.variants import VARIANTS
 
 
 TRAINED = ("all", "hyper_connections", "lora", "lora_and_hyper_connections")
 SYMMETRY_BREAKING = ("peaked_reads", "unequal_writes")
+OPTIMIZERS = ("adamw", "muon")
+# Not folders, but ways to make tokens of a text that need none.
+PLAIN_TOKENIZERS = ("bytes", "characters")
 # Unequal writes keep the mean of the streams only where the columns of h_res sum to 1 exactly.
 EXACTLY_DOUBLY_STOCHASTIC = tuple(name for name, kind in VARIANTS.items() if kind.doubly_stochastic == "exactly")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*")
@@ -32,21 +31,37 @@ class Arm:
 
     Args:
         model: folder of a checkpoint; its own tokenizer is used.
-        backbone: instead of `model`, fields of a LlamaConfig to train from scratch, its weights random by seed.
-        tokenizer: folder of the tokenizer that goes with `backbone`.
+        backbone: instead of `model`, fields of a configuration to train from scratch, its weights random by seed;
+            `model_type` says of which, "llama" if it is not there.
+        tokenizer: folder of the tokenizer that goes with `backbone`, or "bytes" or "characters".
         text: a text file; its last tenth is held out, unless `held_out_text` names another file for that.
+        held_out_share: the share of `text` that is held out, at its end.
+        validation_share: the share of `text` before that; learning rates are chosen on it. With 0 they are chosen on
+            the held-out windows themselves.
         length: tokens per window.
         batch: windows per step.
         steps: optimizer steps.
         eval_every: steps between two evaluations on the held-out windows.
         held_out_windows: how many windows are evaluated, spread evenly over the held-out text.
         lr: peak learning rate of what is trained in the backbone: its weights, or LoRA's.
+        lr_grid: learning rates to choose `lr` from, each tried with one seed that is none of the study's.
         lr_ratio: the hyper-connections train at `lr_ratio * lr`, also when they train alone.
+        hyper_connection_lr: instead of `lr_ratio`, their learning rate itself, which the grid leaves alone.
         weight_decay: for the matrices of the backbone.
+        optimizer: "adamw", or "muon" for the matrices between embedding and head, and AdamW for everything else.
+        betas: of AdamW.
+        hyper_connection_betas: of AdamW for the hyper-connections, if not the same.
+        warmup: share of the steps over which the learning rate rises.
+        final_lr: share of the peak at which the cosine ends.
         trained: "all", "hyper_connections", "lora" (no streams), or "lora_and_hyper_connections"; the last three keep
             the weights of the base frozen.
         lora_rank: rank of LoRA on all linear layers; alpha is twice the rank.
         variant: parametrisation of h_res; None is the plain model without streams.
+        branch_scale: of the plain model, a factor on what every residual branch adds: the control that tells the size
+            of writes from what several streams do.
+        learned_branch_scale: whether these factors are trained, one per branch, as hyper-connections are.
+        wider_as: of the plain model from scratch, an arm whose number of parameters it gets in a wider MLP.
+        convert_at: share of the steps after which a plain model gets its streams; its init must be the identity.
         symmetry_breaking: what tells the streams apart at the identity init: "peaked_reads" is the package's own
             (h_pre uneven, h_post = 1), "unequal_writes" has h_pre = 1/n and h_post from .5 to 1.5 with mean 1.
         against: the arm that this one is compared with, if not the study's reference.
@@ -60,20 +75,37 @@ class Arm:
     tokenizer: str | None = None
     text: str = "text/tinyshakespeare/input.txt"
     held_out_text: str | None = None
+    held_out_share: float = 0.1
+    validation_share: float = 0.0
     length: int = 128
     batch: int = 8
     steps: int = 250
     eval_every: int = 50
     held_out_windows: int = 64
     lr: float = 1e-3
+    lr_grid: list | None = None
     lr_ratio: float = 1.0
+    hyper_connection_lr: float | None = None
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    betas: list = dataclasses.field(default_factory=lambda: [0.9, 0.95])
+    hyper_connection_betas: list | None = None
+    warmup: float = 0.03
+    final_lr: float = 0.1
     trained: str = "all"
     lora_rank: int | None = None
     variant: str | None = None
+    branch_scale: float | None = None
+    learned_branch_scale: bool = False
+    wider_as: str | None = None
+    convert_at: float = 0.0
     symmetry_breaking: str = "peaked_reads"
     against: str | None = None
     equal_time: bool = False
+
+    if typing.TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def stream_options(self) -> StreamOptions:
         """The options of its hyper-connections.
@@ -88,68 +120,18 @@ class Arm:
         return {key: value for key, value in vars(self).items() if key not in ("against", "equal_time")}
 
 
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """Arms by name, the seeds that all of them run with, and the name of the arm that the others are compared with."""
-
-    title: str
-    seeds: list[int]
-    reference: str
-    arms: dict[str, Arm]
-    curves: list[str]
-
-    def compared_with(self, name: str) -> str:
-        return self.arms[name].against or self.reference
-
-
-def load_study(path: Path, shared: Path) -> Study:
-    """Reads a study and checks all of it.
+def make_arm(name: str, values: dict[str, Any]) -> Arm:
+    """An arm from what its user wrote.
 
     Raises:
-        StudyError: for a file that cannot be read, an unknown key, arm or variant, a value that is not allowed, and a
-            folder or text that is not there.
+        StudyError: for a key that there is not, and a value that is not allowed.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise StudyError(f"the study must be a readable YAML file; got {path}: {error}") from error
-    if not isinstance(raw, dict):
-        raise StudyError(f"the study must be a mapping with seeds, reference and arms; got {path}.")
-    keys = {"title", "seeds", "reference", "defaults", "arms", "curves"}
-    _refuse_unknown("study", raw, keys)
-    arms = raw.get("arms")
-    if not isinstance(arms, dict) or not arms:
-        raise StudyError(f"arms must be a mapping from names to settings; got {arms!r}. See benchmarks/studies.")
-    defaults = raw.get("defaults") or {}
-    for name, values in (("defaults", defaults), *arms.items()):
-        if not isinstance(values, (dict, type(None))):
-            raise StudyError(f"{name!r} must be a mapping from keys to values; got {values!r}.")
-    made = {str(name): _make_arm(str(name), defaults | (own or {})) for name, own in arms.items()}
-    study = Study(
-        title=str(raw.get("title", path.stem)),
-        seeds=_seeds(raw.get("seeds")),
-        reference=str(raw.get("reference")),
-        arms=made,
-        curves=list(map(str, raw.get("curves") or made)),
-    )
-    for name in (study.reference, *study.curves, *map(study.compared_with, made)):
-        if name not in made:
-            raise StudyError(
-                f"reference, against and curves must name arms of the study; got {name!r}. The arms are "
-                f"{', '.join(made)}."
-            )
-    for name, arm in made.items():
-        _check_files(name, arm, shared)
-    return study
-
-
-def _make_arm(name: str, values: dict[str, Any]) -> Arm:
     if not NAME.fullmatch(name):
         raise StudyError(f"the name of an arm must be letters, digits, blanks and . _ + -; got {name!r}. Rename it.")
     hints = typing.get_type_hints(Arm)
-    _refuse_unknown(f"arm {name!r}", values, set(hints))
+    refuse_unknown(f"arm {name!r}", values, set(hints))
     for key, value in values.items():
-        if hints[key] is float and isinstance(value, int) and not isinstance(value, bool):
+        if float in (hints[key], *typing.get_args(hints[key])) and type(value) is int:
             values[key] = value = float(value)
         if not isinstance(value, hints[key]) or (isinstance(value, bool) and hints[key] is not bool):
             kind = getattr(hints[key], "__name__", str(hints[key]))
@@ -163,12 +145,20 @@ def _make_arm(name: str, values: dict[str, Any]) -> Arm:
     return arm
 
 
+def refuse_unknown(owner: str, values: dict[str, Any], known: set[str]) -> None:
+    unknown = set(values) - known
+    if unknown:
+        raise StudyError(
+            f"{owner} must have known keys alone; got {', '.join(sorted(map(str, unknown)))}. "
+            f"The keys are {', '.join(sorted(known))}."
+        )
+
+
 def _check(arm: Arm) -> None:
     """Refuses values that cannot be trained, and those that would be ignored in silence."""
-    for key in ("length", "batch", "steps", "eval_every", "held_out_windows", "lr", "lr_ratio"):
-        if getattr(arm, key) <= 0:
-            raise ValueError(f"{key} must be positive; got {getattr(arm, key)}. The default is {getattr(Arm(), key)}.")
-    for key, allowed in (("trained", TRAINED), ("symmetry_breaking", SYMMETRY_BREAKING)):
+    _check_numbers(arm)
+    choices = (("trained", TRAINED), ("symmetry_breaking", SYMMETRY_BREAKING), ("optimizer", OPTIMIZERS))
+    for key, allowed in choices:
         if getattr(arm, key) not in allowed:
             raise ValueError(f"{key} must be one of {', '.join(allowed)}; got {getattr(arm, key)!r}.")
     if (arm.model is None) == (arm.backbone is None) or (arm.backbone is None) != (arm.tokenizer is None):
@@ -178,9 +168,12 @@ def _check(arm: Arm) -> None:
         )
     if (arm.lora_rank is None) == ("lora" in arm.trained) or (arm.lora_rank or 1) < 1:
         raise ValueError(f"lora_rank must be given with LoRA, at least 1; got {arm.lora_rank} and {arm.trained!r}.")
+    if arm.held_out_text is not None and arm.validation_share:
+        raise ValueError("validation_share must be 0 beside held_out_text, which all of the text trains for.")
     wanted = arm.trained in ("hyper_connections", "lora_and_hyper_connections")
     if arm.trained != "all" and wanted != (arm.variant is not None):
         raise ValueError(f"trained={arm.trained!r} must {'' if wanted else 'not '}have a variant; got {arm.variant!r}.")
+    _check_controls(arm)
     if arm.variant is None:
         return
     arm.stream_options()
@@ -199,28 +192,36 @@ def _check(arm: Arm) -> None:
             )
 
 
-def _check_files(name: str, arm: Arm, shared: Path) -> None:
-    for key in ("model", "tokenizer", "text", "held_out_text"):
-        value = getattr(arm, key)
-        if value is not None and not (shared / value).exists():
-            raise StudyError(
-                f"arm {name!r}: {key} must be in the shared folder; {shared / value} is not there. "
-                "Use --shared FOLDER, or set KROMHC_SHARED."
-            )
+def _check_numbers(arm: Arm) -> None:
+    for key in ("length", "batch", "steps", "eval_every", "held_out_windows", "lr", "lr_ratio", "held_out_share"):
+        if getattr(arm, key) <= 0:
+            raise ValueError(f"{key} must be positive; got {getattr(arm, key)}. The default is {getattr(Arm(), key)}.")
+    for key in ("validation_share", "warmup", "final_lr", "convert_at"):
+        if not 0 <= getattr(arm, key) < 1:
+            raise ValueError(f"{key} must be a share from 0 to less than 1; got {getattr(arm, key)}.")
+    if arm.held_out_share + arm.validation_share >= 1:
+        raise ValueError("held_out_share and validation_share must leave some of the text to train on.")
+    for key in ("betas", "hyper_connection_betas", "lr_grid"):
+        value, top = getattr(arm, key), float("inf") if key == "lr_grid" else 1
+        numbers = [] if value is None else value
+        if not all(isinstance(number, float) and 0 < number < top for number in numbers):
+            raise ValueError(f"{key} must be numbers above 0{' and below 1' * (top == 1)}; got {value!r}.")
+        if (key != "lr_grid" and len(numbers) not in (0, 2)) or value == []:
+            raise ValueError(f"{key} must be {'at least one' if key == 'lr_grid' else 'two'}; got {value!r}.")
 
 
-def _seeds(value: Any) -> list[int]:
-    seeds = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
-    whole = isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)
-    if not whole or not 1 <= len(set(seeds)) == len(seeds) <= MOST_SEEDS:
-        raise StudyError(f"seeds must be a number from 1 to {MOST_SEEDS}, or that many different ones; got {value!r}.")
-    return seeds
-
-
-def _refuse_unknown(owner: str, values: dict[str, Any], known: set[str]) -> None:
-    unknown = set(values) - known
-    if unknown:
-        raise StudyError(
-            f"{owner} must have known keys alone; got {', '.join(sorted(map(str, unknown)))}. "
-            f"The keys are {', '.join(sorted(known))}."
+def _check_controls(arm: Arm) -> None:
+    for key in ("branch_scale", "wider_as"):
+        if getattr(arm, key) is not None and (arm.variant is not None or arm.trained != "all"):
+            raise ValueError(f"{key} is for a plain model of which all is trained; got variant {arm.variant!r}.")
+    if arm.learned_branch_scale and arm.branch_scale is None:
+        raise ValueError("learned_branch_scale must have a branch_scale to start from. Use branch_scale: 1.0.")
+    if arm.wider_as is not None and arm.backbone is None:
+        raise ValueError("wider_as must have a backbone: a pretrained model cannot be made wider. Use another control.")
+    if arm.convert_at and arm.equal_time:
+        raise ValueError("equal_time must not go with convert_at, whose steps do not all cost the same. Leave one out.")
+    if arm.convert_at and (arm.variant is None or arm.init != "identity" or arm.trained != "all"):
+        raise ValueError(
+            "convert_at must have a variant with init 'identity', which leaves the trained model as it is, and "
+            f"trained: all; got {arm.variant!r}, {arm.init!r} and {arm.trained!r}."
         )

@@ -13,9 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.study import training
-from benchmarks.study.config import Arm, Study
-from benchmarks.study.data import load_corpus
+from . import training
+from .arm import Arm
+from .data import load_corpus
+from .study_file import Study
 
 
 Task = tuple[str, int]
@@ -23,6 +24,8 @@ Results = dict[str, dict[int, dict[str, Any]]]
 # What a worker reports: arm, seed, steps done, loss in nats per token.
 News = tuple[str, int, int, float]
 POLL_SECONDS = 0.3
+# In a worker, the queue to the process that shows progress.
+_news: Any = None
 
 
 def result_path(folder: Path, name: str, seed: int) -> Path:
@@ -30,12 +33,12 @@ def result_path(folder: Path, name: str, seed: int) -> Path:
 
 
 def finished(folder: Path, name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
-    """The result of a run, if there is one with exactly these settings."""
+    """The result of a run, if there is one with exactly these settings; those it does not know were the defaults."""
     path = result_path(folder, name, seed)
     if not path.exists():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["settings"] == arm.settings() else None
+    return result if Arm().settings() | result["settings"] == arm.settings() else None
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -51,10 +54,10 @@ def results(study: Study, folder: Path) -> Results:
     found = {
         name: {seed: finished(folder, name, arm, seed) for seed in study.seeds} for name, arm in study.arms.items()
     }
-    return {name: {seed: run for seed, run in runs.items() if run is not None} for name, runs in found.items()}
+    return {name: {seed: run for seed, run in runs.items() if run} for name, runs in found.items()}
 
 
-def execute(study: Study, folder: Path, shared: Path, workers: int) -> None:
+def execute(study: Study, folder: Path, shared: Path, workers: int, device: str = "cpu") -> None:
     """Does the runs that are not finished, seed by seed, so that an interrupted study has all arms of some seeds.
 
     One worker is this process; more are processes of their own. Progress goes to stderr.
@@ -66,24 +69,29 @@ def execute(study: Study, folder: Path, shared: Path, workers: int) -> None:
     with Display(study, tasks) as display:
         if workers == 1:
             for name, seed in tasks:
-                train_and_save(study.arms[name], name, seed, folder, shared, display.update)
+                train_and_save(study.arms[name], name, seed, folder, shared, device, display.update)
         elif tasks:
-            _execute_in_processes(study, tasks, folder, shared, min(workers, len(tasks)), display)
+            _execute_in_processes(study, tasks, folder, shared, device, min(workers, len(tasks)), display)
 
 
-def train_and_save(arm: Arm, name: str, seed: int, folder: Path, shared: Path, report: Callable[[News], None]) -> None:
-    result = training.run(arm, seed, shared, folder / "tokens", lambda step, loss: report((name, seed, step, loss)))
+def train_and_save(
+    arm: Arm, name: str, seed: int, folder: Path, shared: Path, device: str, report: Callable[[News], None]
+) -> None:
+    def news(step: int, loss: float) -> None:
+        report((name, seed, step, loss))
+
+    result = training.run(arm, seed, shared, folder / "tokens", news, device)
     write_atomically(result_path(folder, name, seed), result)
 
 
 def _execute_in_processes(
-    study: Study, tasks: list[Task], folder: Path, shared: Path, workers: int, display: "Display"
+    study: Study, tasks: list[Task], folder: Path, shared: Path, device: str, workers: int, display: "Display"
 ) -> None:
     context = multiprocessing.get_context("spawn")
     news = context.Queue()
     with ProcessPoolExecutor(workers, context, _start_worker, (news,)) as pool:
         waiting: set[Future[None]] = {
-            pool.submit(_work, study.arms[name], name, seed, folder, shared) for name, seed in tasks
+            pool.submit(_work, study.arms[name], name, seed, folder, shared, device) for name, seed in tasks
         }
         try:
             while waiting:
@@ -103,8 +111,8 @@ def _start_worker(news: Any) -> None:
     _news = news
 
 
-def _work(arm: Arm, name: str, seed: int, folder: Path, shared: Path) -> None:
-    train_and_save(arm, name, seed, folder, shared, _news.put)
+def _work(arm: Arm, name: str, seed: int, folder: Path, shared: Path, device: str) -> None:
+    train_and_save(arm, name, seed, folder, shared, device, _news.put)
 
 
 def quiet() -> None:

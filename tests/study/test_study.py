@@ -7,84 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from support.connected import tiny_llama
+from support.study import DEFAULTS, DEMO_DATA, STUDIES
 
 from kromhc_hf import apply_hyper_connections
 
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from benchmarks.study import __main__ as command_line
-from benchmarks.study import runs as study_runs
-from benchmarks.study import training as study_training
-from benchmarks.study.config import Arm, StudyError, load_study
-from benchmarks.study.cost import at_equal_time, cost_settings, read_costs
-from benchmarks.study.data import batches, load_corpus
-from benchmarks.study.models import write_unequally
-from benchmarks.study.statistics import agreements, estimate, paired_difference
-
-
-STUDIES = Path(__file__).resolve().parents[2] / "benchmarks" / "studies"
-DEMO_DATA = Path(__file__).resolve().parents[2] / "kromhc_hf" / "demo_data"
-DEFAULTS = {
-    "model": "gpt2-tinystories-1M",
-    "text": "tinyshakespeare.txt",
-    "length": 16,
-    "batch": 2,
-    "steps": 3,
-    "eval_every": 2,
-    "held_out_windows": 2,
-}
-
-
-@pytest.fixture
-def study_file(tmp_path):
-    """Writes a study of the embedded model: `study_file(arms={...}, seeds=2)` -> its path."""
-
-    def write(**changes):
-        content = {"seeds": 2, "reference": "base", "defaults": DEFAULTS, "arms": {"base": {}}} | changes
-        path = tmp_path / "study.yaml"
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
-        return path
-
-    return write
-
-
-@pytest.fixture
-def command(tmp_path, capsys):
-    """Runs the study in this process: `command(path, ...)` -> (exit code, stdout, stderr)."""
-
-    def run(path, *more):
-        code = command_line.main(
-            [str(path), "--output", str(tmp_path / "out"), "--workers", "1", "--shared", str(DEMO_DATA), *more]
-        )
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def fast_runs(monkeypatch):
-    """Replaces training by a loss that the settings and the seed give; returns the list of runs done."""
-    done = []
-
-    def run(arm, seed, shared, cache, report):
-        done.append((arm.lr, seed))
-        report(arm.steps, 1.0)
-        loss = 1 + arm.lr + 0.1 * seed + (0.001 * seed if arm.variant else 0)
-        return {
-            "settings": arm.settings(),
-            "seed": seed,
-            **dict.fromkeys(("base_loss", "initial_loss"), 3.0),
-            "final_loss": loss,
-            "bits_per_byte": loss,
-            "curve": [(0, 3.0), (arm.steps, loss)],
-            **dict.fromkeys(("trainable", "added"), 1),
-            "seconds_per_step": 0.1,
-        }
-
-    monkeypatch.setattr(study_training, "run", run)
-    return done
+from kromhc_hf.study import runs as study_runs
+from kromhc_hf.study import training as study_training
+from kromhc_hf.study.arm import Arm, StudyError
+from kromhc_hf.study.cost import at_equal_time, cost_settings, read_costs
+from kromhc_hf.study.data import batches, load_corpus
+from kromhc_hf.study.models import write_unequally
+from kromhc_hf.study.optimizers import learning_rate
+from kromhc_hf.study.statistics import agreements, estimate, paired_difference
+from kromhc_hf.study.study_file import load_study
 
 
 def test_statistics_of_hand_made_numbers():
@@ -120,7 +58,7 @@ def test_agreement_of_hand_made_numbers():
 
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth():
-    shares = [study_training.learning_rate(step, 100) for step in range(101)]
+    shares = [learning_rate(Arm(steps=100), step) for step in range(101)]
     assert shares[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert max(shares) == 1
     assert shares[100] == pytest.approx(0.1)
@@ -290,4 +228,6 @@ def test_equal_time_shortens_the_schedule_by_the_measured_cost(study_file, tmp_p
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_published_studies_are_valid(path, shared):
-    assert load_study(path, shared).arms
+    # The text of the study for a GPU is for its user to fetch.
+    changes = {"text": "text/tinyshakespeare/input.txt"} if path.stem == "d6" else {}
+    assert load_study(path, shared, changes).arms

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.study.config import Study
-from benchmarks.study.runs import Results
-from benchmarks.study.statistics import T_QUANTILES, estimate, paired_difference
+from .runs import Results
+from .statistics import T_QUANTILES, estimate, paired_difference
+from .study_file import Study
+from .tuning import at_the_edge
 
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def summarize(study: Study, results: Results, costs: Mapping[str, float], about:
             "trainable": some["trainable"],
             "added": some["added"],
             "seconds_per_step": estimate([run["seconds_per_step"] for run in runs.values()]).mean,
+            "tokens_per_second": estimate([run["tokens_per_second"] for run in runs.values()]).mean,
             "cost": costs.get(name),
             "losses": {str(seed): loss for seed, loss in finals[name].items()},
             "curve": _curve(runs, results[other]),
@@ -46,11 +48,13 @@ def _curve(runs: Mapping[int, Any], others: Mapping[int, Any]) -> dict[str, list
     """The loss and the paired difference at every evaluation; none where the other arm was not evaluated."""
     rows: dict[str, list[Any]] = {"steps": [], "loss": [], "difference": []}
     for step in dict(next(iter(runs.values()))["curve"]):
-        here, there = ({seed: dict(run["curve"]).get(step) for seed, run in arm.items()} for arm in (runs, others))
+        here, there = (
+            {seed: dict(run["curve"])[step] for seed, run in arm.items() if step in dict(run["curve"])}
+            for arm in (runs, others)
+        )
         rows["steps"].append(step)
         rows["loss"].append(estimate(list(here.values()))._asdict())
-        paired = None if None in there.values() else paired_difference(here, there)._asdict()
-        rows["difference"].append(paired)
+        rows["difference"].append(paired_difference(here, there)._asdict() if len(there) == len(others) else None)
     return rows
 
 
@@ -63,6 +67,13 @@ def half_width(numbers: Mapping[str, Any]) -> float:
 def table(summary: Mapping[str, Any]) -> str:
     """Markdown: one row per arm."""
     rows = [_row(name, arm) for name, arm in summary["arms"].items()]
+    rates = {name: _chosen_rate(arm["settings"]) for name, arm in summary["arms"].items()}
+    if any(rates.values()):
+        rows = [row | {"lr": rates[row["arm"]]} for row in rows]
+    if summary["machine"].get("device", "cpu") != "cpu":
+        for row, arm in zip(rows, summary["arms"].values()):
+            row["s/step"] = row.pop("CPU s/step")
+            row["tokens/s"] = f"{arm['tokens_per_second']:,.0f}"
     lines = ["| " + " | ".join(cells) + " |" for cells in (rows[0], *(row.values() for row in rows))]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     seeds = max(arm["final_loss"]["seeds"] for arm in summary["arms"].values())
@@ -70,7 +81,15 @@ def table(summary: Mapping[str, Any]) -> str:
         f"Held-out loss in nats per token, mean of {seeds} seeds and standard error. Difference: paired by seed; it "
         "separates if it is larger than Student's t at 95 % times its standard error."
     )
+    if any(rates.values()):
+        note += " Learning rates are the best of a grid on another seed; * is at the end of its grid."
     return "\n".join([f"### {summary['title']}", "", *lines, "", note])
+
+
+def _chosen_rate(settings: Mapping[str, Any]) -> str:
+    """The learning rate that was chosen from a grid; empty where none was."""
+    grid = settings.get("lr_grid")
+    return f"{settings['lr']:g}{'*' * at_the_edge(settings['lr'], grid)}" if grid else ""
 
 
 def _row(name: str, arm: Mapping[str, Any]) -> dict[str, str]:

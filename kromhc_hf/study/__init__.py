@@ -1,0 +1,1 @@
+"""Studies: arms x seeds on one text, paired by seed, with error bars and the controls that decide."""

@@ -1,0 +1,81 @@
+"""A study of a user's own checkpoint on a text of theirs: every variant beside the controls that decide."""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..conversion.files import resolve_source
+from ..inspection.plots import require_matplotlib
+from .arm import StudyError, make_arm
+from .cost import measure_costs, read_costs, seconds_left
+from .report import draw_curves, draw_differences, summarize
+from .runs import execute, results, write_atomically
+from .study_file import Study
+from .timing import device_name
+from .tuning import tuned
+
+
+REFERENCE = "no streams"
+# A gain that one of these has as well is not one of mixing streams.
+CONTROLS: dict[str, dict[str, Any]] = {
+    "learned branch scales": {"branch_scale": 1.0, "learned_branch_scale": True},
+    "identity": {"variant": "identity"},
+}
+COST_ROUNDS = 3
+
+
+def comparison(model: str, text: Path, variants: Sequence[str], seeds: int, settings: dict[str, Any]) -> Study:
+    """The study that trains a checkpoint further: without streams, with each variant, and with the controls.
+
+    Args:
+        model: folder or Hub id of a checkpoint without hyper-connections.
+        text: a text file; its last tenth is held out.
+        variants: names of parametrisations.
+        seeds: how many runs of each, paired by their batches.
+        settings: fields of `Arm` for all of them.
+
+    Raises:
+        StudyError: for a setting that is not allowed.
+        FileNotFoundError: if there is no such checkpoint or text.
+    """
+    folder = resolve_source(model)
+    if not text.is_file():
+        raise FileNotFoundError(f"TEXT must be a text file; got {text}.")
+    shared = {"model": str(folder.resolve()), "text": str(text.resolve()), **settings}
+    wanted: dict[str, dict[str, Any]] = {REFERENCE: {}, **CONTROLS, **{name: {"variant": name} for name in variants}}
+    made = {name: make_arm(name, shared | own) for name, own in wanted.items()}
+    return Study(f"{folder.name} on {text.name}", list(range(seeds)), REFERENCE, made, list(made))
+
+
+def prepare(study: Study, folder: Path, device: str) -> float:
+    """Measures what a step of each arm costs, and says how many seconds all runs will take one after the other."""
+    require_matplotlib()
+    _refuse_other(folder)
+    measure_costs(study, folder, Path(), COST_ROUNDS, device)
+    return seconds_left(study, folder)
+
+
+def compare(study: Study, folder: Path, workers: int, device: str) -> dict[str, Any]:
+    """Does the runs and writes `summary.json`, `differences.png` and `curves.png` into the folder.
+
+    Returns:
+        The summary, see `kromhc_hf.study.report.table`.
+    """
+    study = tuned(study, folder, Path(), workers, device)
+    execute(study, folder, Path(), workers, device)
+    about = {"device": device, "name": device_name(device), "torch": version("torch")}
+    summary = summarize(study, results(study, folder), read_costs(study, folder), about)
+    write_atomically(folder / "summary.json", summary)
+    draw_differences(summary, folder / "differences.png")
+    draw_curves(summary, study.curves, folder / "curves.png")
+    return summary
+
+
+def _refuse_other(folder: Path) -> None:
+    """Refuses a folder that has something else in it, which a run could overwrite."""
+    known = {"runs", "tokens", "cost.json", "summary.json", "differences.png", "curves.png"}
+    if folder.exists() and (others := {path.name for path in folder.iterdir()} - known):
+        raise StudyError(
+            f"output must be a new folder, or one of a comparison; {folder} has {sorted(others)[0]} in it."
+        )

@@ -1,0 +1,36 @@
+"""The learning rate of each arm, chosen from its grid with one seed before the seeds of the study run."""
+
+import dataclasses
+from pathlib import Path
+
+from .arm import Arm
+from .runs import execute, results
+from .study_file import Study
+
+
+def tuned(study: Study, folder: Path, shared: Path, workers: int, device: str) -> Study:
+    """The study with the learning rates that had the lowest validation loss; what is trained for that stays in folder.
+
+    The seed is none of the study's, so that no arm is reported on the run that it was chosen by.
+    """
+    seed = max(study.seeds) + 1
+    tries: dict[str, dict[str, Arm]] = {}
+    for name, arm in study.arms.items():
+        tries[name] = {
+            f"{name} at lr {rate:g}": dataclasses.replace(arm, lr=rate, lr_grid=None) for rate in arm.lr_grid or ()
+        }
+    grid = Study(study.title, [seed], "", {key: arm for some in tries.values() for key, arm in some.items()}, [])
+    if not grid.arms:
+        return study
+    execute(grid, folder, shared, workers, device)
+    losses = {name: runs[seed]["validation_loss"] for name, runs in results(grid, folder).items()}
+    arms = dict(study.arms)
+    for name, some in tries.items():
+        if some:
+            arms[name] = dataclasses.replace(study.arms[name], lr=some[min(some, key=lambda key: losses[key])].lr)
+    return dataclasses.replace(study, arms=arms)
+
+
+def at_the_edge(lr: float, grid: list[float]) -> bool:
+    """Whether a learning rate is the smallest or largest of its grid, so that a better one may be outside."""
+    return len(grid) > 1 and lr in (min(grid), max(grid))
