@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor clients deepspeed clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor clients deepspeed outside derived clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -80,5 +80,18 @@ clients: $(READY)
 deepspeed: $(READY)
 	PYTHONPATH=.:tests $(BIN)/python -m clients.run deepspeed
 
+# A model of flash-linear-attention, whose Triton kernels are interpreted on the CPU.
+outside: .venv-outside/.ready
+	TRITON_INTERPRET=1 .venv-outside/bin/python -m pytest tests/test_linear_attention.py
+
+.venv-outside/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-outside
+	.venv-outside/bin/pip install --constraint constraints.txt --editable ".[triton]" pytest flash-linear-attention
+	@touch $@
+
+# Rows read from source against those of the table, on the oldest release of transformers and the newest.
+derived: $(READY)
+	$(BIN)/python tests/hosts/derived.py
+
 clean:
-	rm -rf $(VENV) .venv-floor .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-floor .venv-outside .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

@@ -57,7 +57,7 @@ def read_row(layer: nn.Module, layers: str = "layers") -> LayerSpec:
     """What the forward of a decoder layer does, in the words of rows.
 
     Args:
-        layer: a live layer; its attributes tell which way conditions on them go.
+        layer: a live layer, with hyper-connections or without; its attributes tell which way conditions on them go.
         layers: the path from the base model to the list of layers.
 
     Raises:
@@ -93,9 +93,9 @@ def _sublayer(branch: Branch) -> Sublayer:
 class _Reader:
     def __init__(self, layer: nn.Module):
         self.layer = layer
-        layer_class: Any = type(layer)
-        self.definition = forward_source(layer_class)
-        self.arguments = forward_parameters(layer)[0]
+        self.layer_class: Any = getattr(layer, "layer_class", type(layer))
+        self.definition = forward_source(self.layer_class)
+        self.arguments = forward_parameters(self.layer_class)[0]
         self.others = self.definition.args.kwarg.arg if self.definition.args.kwarg else None
         self.values: dict[str, Value] = {self.arguments[0]: Residual(0)}
         self.tuples: dict[str, Value] = {}  # variables with a tuple, by its first part
@@ -105,7 +105,7 @@ class _Reader:
     def refuse(self, node: ast.AST, what: str) -> Any:
         line = ast.unparse(node).splitlines()[0][:120]
         raise ValueError(
-            f"no row can be read from {type(self.layer).__name__}.forward: `{line}` {what}. Write a row for it with "
+            f"no row can be read from {self.layer_class.__name__}.forward: `{line}` {what}. Write a row for it with "
             "register_family, if the words for rows can say it."
         )
 

@@ -152,6 +152,12 @@ def config_class_of(model_type: str) -> Any:
     )
 
 
+def has_own_init(config_type: Any) -> bool:
+    """Whether somebody wrote how a configuration is made, which a class derived from it is not made by."""
+    # What dataclasses generate is in no file.
+    return inspect.unwrap(config_type.__init__).__code__.co_filename != "<string>"
+
+
 def forget_model_type(model_type: str) -> None:
     """Undoes the registration of a model type with AutoConfig, if there was one."""
     CONFIG_MAPPING._extra_content.pop(model_type, None)
