@@ -5,6 +5,7 @@ Only the installed package registers itself; copies of the modelling files on th
 
 from typing import Any
 
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
@@ -45,4 +46,8 @@ def _register_models(config_type: type[KromHCConfig]) -> None:
     for face in FACES:
         backbone = face.backbone_for(config_type)
         if backbone is not None:
-            face.auto_class.register(config_type, model_class(backbone, config_type), exist_ok=True)
+            cls = model_class(backbone, config_type)
+            face.auto_class.register(config_type, cls, exist_ok=True)
+            # By the name in config.json vLLM, SGLang, TRL and `transformers serve` look for it in the module. While it
+            # is imported, transformers makes the module twice, and a tool may hold either; the class is the same.
+            setattr(type(transformers), cls.__name__, cls)

@@ -189,6 +189,14 @@ def class_names_for_task(auto_class: Any, model_type: str) -> tuple[str, ...]:
     return (*((names,) if isinstance(names, str) else names), *(cls.__name__ for cls in outside if cls is not None))
 
 
+def name_for_task(auto_class: Any, model_type: str, name: str) -> None:
+    """Lists the name of a class among those that do a task.
+
+    By this list Trainer tells under label smoothing that labels are shifted, and servers what a model takes.
+    """
+    auto_class._model_mapping._model_mapping[model_type] = name
+
+
 @contextmanager
 def known_to(auto_class: Any, config_type: Any, model_type: Any) -> Iterator[None]:
     """Lets an Auto class make models of `model_type`, if there is one, from `config_type` inside the block alone."""

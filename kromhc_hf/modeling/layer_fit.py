@@ -51,8 +51,8 @@ def check_model_type(model_type: str) -> None:
         supported = ", ".join(sorted({*supported_model_types(), *composite_model_types()}))
         raise ValueError(
             f"model_type must be one of the supported families ({supported}); "
-            f"got {model_type!r}. Say what its layers look like with register_family (--family FILE), have it read from "
-            "their source with derive_family (--derive), or use a supported model."
+            f"got {model_type!r}. Say what its layers look like with register_family (--family FILE), have it read "
+            "from their source with derive_family (--derive), or use a supported model."
         )
     if not has_family(model_type):
         raise ValueError(

@@ -46,6 +46,7 @@ from .host import (
     keep_last_weights,
     known_to,
     mirror_weight_conversion,
+    name_for_task,
     record_outputs_of,
     why_absent,
 )
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from .stream_ends import expand  # noqa: F401
     from .variants import VARIANTS  # noqa: F401
     from .variants_permutations import LARGEST_FACTOR  # noqa: F401
+    from .variants_rotations import cayley  # noqa: F401
 
 
 class HyperConnectedModel(Shareable):
@@ -319,6 +321,8 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
         "forward": with_readout(backbone_class.forward),
         **methods_for_streams(backbone_class),
     }
+    for face in faces:
+        name_for_task(face.auto_class, config_type.model_type, new_name)
     # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
     mirror_weight_conversion(name, new_name)
     mirror_weight_conversion(model_type, config_type.model_type)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .mixing import SINKHORN_ITERATIONS, DenseMixing, Mixing, uneven_weights, widest_dtype
 from .variants_permutations import CirculantMixing, KromHCMixing, MHCLiteMixing
+from .variants_rotations import GoMHCMixing, OrthogonalMixing
 
 
 class IdentityMixing(Mixing):
@@ -160,4 +161,6 @@ VARIANTS: dict[str, type[Mixing]] = {
     "hc": HCMixing,
     "one_sided": OneSidedMixing,
     "circulant": CirculantMixing,
+    "go_mhc": GoMHCMixing,
+    "orthogonal": OrthogonalMixing,
 }

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from support import reference
@@ -15,6 +17,7 @@ ALLOWED = [
     *(("tbp", n) for n in range(1, 17)),
     *(("identity", n) for n in (1, 2, 3, 7, 16)),
     *(("circulant", n) for n in (*range(1, 9), 16)),
+    *(("go_mhc", n) for n in (*range(1, 9), 16)),
 ]
 # One setting per variant and kind of factor, with a matrix that is not symmetric wherever the variant has one.
 ASYMMETRIC = [
@@ -23,7 +26,7 @@ ASYMMETRIC = [
     *(("tbp", n) for n in (3, 5)),
     ("mhc", 4),
     ("hc", 4),
-    *((variant, n) for variant in ("one_sided", "circulant") for n in (3, 4)),
+    *((variant, n) for variant in ("one_sided", "circulant", "go_mhc", "orthogonal") for n in (3, 4)),
 ]
 SYMMETRIC = [("kromhc", 2), ("kromhc", 4), ("kromhc", 8), ("identity", 4), ("circulant", 2)]
 
@@ -77,6 +80,44 @@ def test_rows_that_are_said_to_sum_to_one_do(case: tuple[str, int]) -> None:
     assert (matrices.double().sum(-1) - 1).abs().max() <= (case[1] + 2) * EPS
     # Nothing holds the columns.
     assert doubly_stochastic_error(matrices) > 0.5
+
+
+@pytest.mark.parametrize("num_streams", [2, 3, 4, 7, 16])
+def test_rotations_keep_the_length_of_the_streams(num_streams: int) -> None:
+    mixing = make_mixing("orthogonal", num_streams)
+    matrices = mixing.matrix(random_logits(mixing.num_logits, 200)).double()
+    # Solved in float64, then n products of two entries that are each rounded by at most eps / 2 of themselves, whose
+    # sizes sum to 1 at most.
+    assert (matrices.mT @ matrices - torch.eye(num_streams, dtype=torch.float64)).abs().max() <= 2 * EPS
+    # Nothing holds the sums.
+    assert doubly_stochastic_error(matrices) > 0.5
+
+
+def test_a_rotation_starts_at_the_identity_and_learns_from_there() -> None:
+    mixing = make_mixing("orthogonal", 4)
+    logits = mixing.initial_logits(4.0).requires_grad_()
+    matrix = mixing.matrix(logits)
+    assert torch.equal(matrix, torch.eye(4))
+    # Q = I - 2 A to first order.
+    (gradient,) = torch.autograd.grad(matrix[1, 2], logits)
+    assert gradient.tolist() == [0, 0, 0, -2, 0, 0]
+
+
+@pytest.mark.parametrize("residual_logit", [2.0, 4.0, 8.0])
+def test_go_mhc_starts_off_the_identity(residual_logit: float) -> None:
+    mixing = make_mixing("go_mhc", 4)
+    logits = mixing.initial_logits(residual_logit).requires_grad_()
+    matrix = mixing.matrix(logits)
+    # To first order in that size itself.
+    torch.testing.assert_close(
+        matrix[0, 1].item(), math.exp(-residual_logit), rtol=2 * math.exp(-residual_logit), atol=0
+    )
+    (gradient,) = torch.autograd.grad(matrix[0, 1], logits)
+    assert gradient.abs().max() > 0.1 * math.exp(-residual_logit / 2)
+    # At 0, mixing could not learn.
+    zeros = torch.zeros_like(logits, requires_grad=True)
+    (gradient,) = torch.autograd.grad(mixing.matrix(zeros)[0, 1], zeros)
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("case", [*ASYMMETRIC, *SYMMETRIC], ids=label)

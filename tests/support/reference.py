@@ -90,6 +90,24 @@ def circulant_matrix(logits: Tensor, n: int) -> Tensor:
     return sum(share * torch.linalg.matrix_power(shift, k) for k, share in enumerate(shares))
 
 
+def rotation(entries: Tensor, size: int) -> Tensor:
+    """(I - A) (I + A)^-1, with these entries of the skew-symmetric A above the diagonal, row by row."""
+    identity, values = torch.eye(size, dtype=torch.float64), iter(entries)
+    skew = torch.zeros(size, size, dtype=torch.float64)
+    for i in range(size):
+        for j in range(i + 1, size):
+            unit = torch.outer(identity[i], identity[j])
+            skew = skew + next(values) * (unit - unit.T)
+    return (identity - skew) @ torch.linalg.inv(identity + skew)
+
+
+def go_mhc_matrix(logits: Tensor, n: int, s: int = 2) -> Tensor:
+    """1 / s times the sum of the squares in each s x s block of a rotation of size n s."""
+    q = rotation(logits, n * s)
+    blocks = [[q[i * s : (i + 1) * s, j * s : (j + 1) * s] for j in range(n)] for i in range(n)]
+    return torch.stack([torch.stack([(block**2).sum() / s for block in row]) for row in blocks])
+
+
 MATRICES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "kromhc": kromhc_matrix,
     "identity": lambda logits, n: torch.eye(n, dtype=torch.float64),
@@ -99,6 +117,8 @@ MATRICES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "hc": lambda logits, n: logits.reshape(n, n),
     "one_sided": one_sided_matrix,
     "circulant": circulant_matrix,
+    "go_mhc": go_mhc_matrix,
+    "orthogonal": rotation,
 }
 
 
