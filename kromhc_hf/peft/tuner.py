@@ -21,6 +21,7 @@ from ..modeling.connection_plan import ConnectionPlan, find_decoder, present_pla
 from ..modeling.decoder_layer import END_NAMES, new_connections
 from ..modeling.families import ROWS
 from ..modeling.layer_spec import layer_kinds
+from ..row_contradiction import check_against_source
 from .config import KromHCPeftConfig, peft_type
 from .layer import (
     TENSOR_PREFIX,
@@ -83,6 +84,7 @@ def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, 
             'its own. Train those: freeze_backbone(model), or LoraConfig(..., modules_to_save=["attn_hc", "ffn_hc"]).'
         )
     plan = present_plan(find_decoder(model))
+    check_against_source(plan)
     actual = {
         "base_model_type": model.config.model_type,
         "base_hidden_size": plan.decoder.owners[-1].config.hidden_size,
