@@ -52,6 +52,8 @@ def apply_hyper_connections(model: Any, *positional: Any, **options: "Unpack[Str
     check_whole(model)
     plan = plan_connections(model)
     check_against_source(plan)
+    # By the names that options have here, before the configuration says it by its own.
+    stream_options = stream_options.in_model(plan.decoder.owners[-1].config.num_hidden_layers)
     bind_model(model)
     config = KromHCConfig(backbone_config=model.config, **stream_options.as_fields())
     replace_config(model, config)
@@ -81,7 +83,7 @@ def remove_hyper_connections(model: Any) -> Any:
     decoder = find_decoder(model)
     for position, layer in enumerate(decoder.layers):
         check_own_forward(layer, position)
-        if not isinstance(layer, HyperConnectedLayer):
+        if model.config.hc_layers is None and not isinstance(layer, HyperConnectedLayer):
             raise ValueError(
                 f"every decoder layer must have hyper-connections to remove; got layer {position} "
                 f"({type(layer).__name__}) without. Put the layer back that had them, or reload the model."

@@ -161,9 +161,13 @@ def verify(
     text: Annotated[Path | None, typer.Option(help="File with the text to run both on.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Compare at most so many tokens.")] = 256,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the stored one.")] = "auto",
-    layers: Annotated[
+    layerwise: Annotated[
         str | None,
-        typer.Option(help="Load one layer at a time, for models larger than memory: all, or a slice such as 8:12."),
+        typer.Option(
+            "--layerwise",
+            "--layers",
+            help="Load one layer at a time, for models larger than memory, and compare all or a slice such as 8:12.",
+        ),
     ] = None,
     subfolder: Subfolder = "",
     weight_variant: WeightVariant = None,
@@ -183,7 +187,7 @@ def verify(
             text=sample,
             max_tokens=max_tokens,
             dtype=dtype,
-            layers=parse_layers(layers),
+            layers=parse_layers(layerwise),
             subfolder=subfolder,
             weight_variant=weight_variant,
             trust_remote_code=trust_remote_code,

@@ -35,7 +35,8 @@ def stream_options(command: Callable[..., None]) -> Callable[..., None]:
         spelled = f"--{name.replace('_', '-')}"
         # What is on by default needs a word that turns it off.
         names = ("/".join((spelled, *option.flags)),) if option.default is True else (spelled, *option.flags)
-        hint: Any = Annotated[option.kind, typer.Option(*names, help=described_option(option))]
+        kind = option.kind if option.read is None else str | None
+        hint: Any = Annotated[kind, typer.Option(*names, help=described_option(option))]
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=hint))
     # What is not about hyper-connections comes last in the help.
     parameters += [p.replace(kind=Parameter.KEYWORD_ONLY) for p in present if p.default is not Parameter.empty]
@@ -71,7 +72,7 @@ def run_family_file(path: Path | None) -> None:
 
 
 def parse_layers(text: str | None) -> str | range | None:
-    """`8:12` as a range; None and `all` as they are."""
+    """`8:12` as a range, of layers to compare; None and `all` as they are."""
     if text is None or text == "all":
         return text
     first, colon, stop = text.partition(":")

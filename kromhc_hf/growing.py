@@ -82,8 +82,8 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
         raise ValueError(f"kept must lie between 0 and 1, both excluded; got {kept!r}. The default is 0.999.")
     # Refuses a number of streams that the variant is not defined for.
     replace(config.stream_options(), num_streams=before * factor)
-    layers = find_decoder(model).layers
-    for position, layer in enumerate(layers):
+    decoder = find_decoder(model)
+    for position, layer in enumerate(decoder.layers):
         check_own_forward(layer, position)
 
     was_training = model.training
@@ -95,7 +95,7 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
         digit = _new_digit(config.hc_num_streams, size)
         config.hc_num_streams *= size
         options = config.stream_options()
-        for layer in layers:
+        for layer in decoder.connected:
             _grow_layer(layer, options, digit, kept)
     difference = (_probe(model) - expected).abs().max().item()
     model.train(was_training)

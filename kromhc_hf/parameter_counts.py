@@ -33,10 +33,15 @@ def count_parameters(
         **options: of the hyper-connections, see `StreamOptions`.
 
     Raises:
-        ValueError: for an unknown variant, one not defined for `num_streams`, or `published` without official module
-            or with options that it does not have.
+        ValueError: for an unknown variant, one not defined for `num_streams`, `layers`, in whose place `num_branches`
+            stands here, or `published` without official module or with options that it does not have.
     """
     given = given_options(positional, options)
+    if given.get("layers") is not None:
+        raise ValueError(
+            f"layers must be left out where num_branches says how many branches are counted; got {given['layers']!r}. "
+            "Use num_branches=8 for four layers of two."
+        )
     if published:
         # The official modules have limits of their own for the number of streams.
         StreamOptions(**{"init": "paper", **given, "variant": "identity"})

@@ -90,7 +90,7 @@ def test_a_broken_promise_exits_with_1(kromhc, base, tmp_path):
 
 def test_verify_layer_by_layer(kromhc, base, tmp_path):
     kromhc("convert", base, tmp_path / "out", "--no-verify", "--link", "symlink")
-    code, out, _ = kromhc("verify", base, tmp_path / "out", "--layers", "all")
+    code, out, _ = kromhc("verify", base, tmp_path / "out", "--layerwise", "all")
     assert code == 0
     assert "3 layers: all equal" in out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -131,6 +131,9 @@ def test_an_init_without_promise_exits_with_0(kromhc, base, tmp_path):
         ),
         (["convert", "{base}", "{tmp}/out", "--static", "--eps", "1"], "--eps would have no effect: static mappings"),
         (["convert", "{base}", "{tmp}/out", "--to-adapter", "{base}"], "No such option: --to-adapter"),
+        (["convert", "{base}", "{tmp}/out", "--layers", "1:9"], "at least one of the 3 decoder layers"),
+        (["convert", "{base}", "{tmp}/out", "--layers", "1"], "layers must be None for all decoder layers, or a range"),
+        (["convert", "{base}", "{tmp}/out", "-n", "1", "--layers", "1:2"], "--layers would have no effect"),
         (["push", "{base}", "ada/model"], "must hold a checkpoint with hyper-connections"),
         (["verify", "{base}", "{base}", "--layers", "2"], "layers must be all, or first:stop"),
         (["verify", "{base}", "{base}", "--layers", "2:9"], "layers must be 'all' or positions from 0 to 2"),

@@ -40,7 +40,7 @@ class LayerwiseModel:
             raise ValueError(
                 f"layers can be run one at a time where weights are stored as numbers; those of {stored.folder} are "
                 f"quantised ({method}), and the whole model is what unpacks them. Verify it in one piece: leave layers "
-                "out (kromhc verify without --layers)."
+                "out (kromhc verify without --layerwise)."
             )
         self.source = stored.tensors()
         chosen = self.source.dtype(stored.config) if dtype == "auto" else dtype
@@ -108,17 +108,16 @@ class LayerwiseModel:
                 vars(layer).pop("forward", None)
 
     def _pass_through(self, position: int) -> Any:
-        layer, is_last = self.layers[position], position == len(self.layers) - 1
+        layer = self.layers[position]
         layer_class: Any = getattr(layer, "layer_class", type(layer))
-        connected = isinstance(layer, HyperConnectedLayer)
-        returned = layer.interface.returned if connected else returned_beside(layer, layer_class)
+        connected = layer if isinstance(layer, HyperConnectedLayer) else None
+        returned = returned_beside(layer, layer_class) if connected is None else connected.interface.returned
         names, defaults = forward_parameters(layer_class)[0][1:], forward_defaults(layer_class)
-        num_streams = self.layers[0].hc_options.num_streams if isinstance(self.layers[0], HyperConnectedLayer) else None
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if position == 0 and num_streams is not None:
-                hidden_states = expand(hidden_states, num_streams)
-            if is_last and hidden_states.dim() == 4:
+            if connected is not None and position == connected.hc_first_layer:
+                hidden_states = expand(hidden_states, connected.hc_options.num_streams)
+            if connected is not None and position == connected.hc_last_layer and not connected.reads_out_after_norm():
                 hidden_states = mean_of_streams(hidden_states)
             if returned is None:
                 return hidden_states

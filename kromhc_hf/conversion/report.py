@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..modeling.outside_families import has_derived_row
+from ..modeling.stream_layers import in_words
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class ConversionReport:
         base_tensors: number of tensors taken over unchanged.
         added_parameters: number of hyper-connection parameters.
         added_bytes: their size.
+        stream_layers: positions of the first layer with hyper-connections and of the one behind the last; None for all.
         derived: whether what its layers look like was read from their source, see `derive_family`.
         dtype: in which both models ran.
         tokens: number of tokens compared.
@@ -50,6 +52,7 @@ class ConversionReport:
     base_tensors: int
     added_parameters: int
     added_bytes: int
+    stream_layers: tuple[int, int] | None = None
     derived: bool = False
     dtype: str | None = None
     tokens: int | None = None
@@ -84,6 +87,7 @@ class ConversionReport:
             base_tensors=base_tensors,
             added_parameters=added_parameters,
             added_bytes=added_bytes,
+            stream_layers=options.layers,
             derived=has_derived_row(config),
         )
 
@@ -99,9 +103,10 @@ class ConversionReport:
 
 def report_rows(report: ConversionReport) -> list[tuple[str, Any]]:
     """What a report says, as name and value, for the terminal."""
+    where = "" if report.stream_layers is None else f", in layers {in_words(report.stream_layers)}"
     rows: list[tuple[str, Any]] = [
         ("model type", f"{report.model_type}, layers by a derived row" if report.derived else report.model_type),
-        ("hyper-connections", f"{report.variant}, {report.num_streams} streams, init {report.init}"),
+        ("hyper-connections", f"{report.variant}, {report.num_streams} streams, init {report.init}{where}"),
         ("base tensors, unchanged", f"{report.base_tensors:,}"),
         ("added parameters", f"{report.added_parameters:,} ({report.added_bytes:,} bytes)"),
     ]

@@ -1,7 +1,10 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """Where every decoder layer of a live model is now: layers may be dropped, moved, copied or replaced at any time."""
 
+from dataclasses import replace
 from typing import Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .decoder_layer import HyperConnectedLayer
 from .stream_ends import READOUTS
@@ -20,21 +23,38 @@ def arrange(layers: Any, config: Any) -> None:
     Raises:
         ValueError: if streams could not pass through these layers; they are then what they were.
     """
-    last = len(layers) - 1
     # Every forward comes by here, and nearly always there is nothing to do.
-    if all(
-        isinstance(layer, HyperConnectedLayer)
-        and layer.hc_config is config
-        and layer.hc_layer_index == position
-        and layer.hc_is_last == (position == last)
-        for position, layer in enumerate(layers)
-    ):
+    if _is_arranged(layers, config):
         return
     found = [connected_layer(layer) for layer in layers]
     check_arrangement(found, config)
+    first, last = stretch(found)
     for position, layer in enumerate(found):
         if layer is not None:
-            layer.hc_config, layer.hc_layer_index, layer.hc_is_last = config, position, position == last
+            layer.hc_config, layer.hc_layer_index = config, position
+            layer.hc_first_layer, layer.hc_last_layer = first, last
+
+
+def _is_arranged(layers: Any, config: Any) -> bool:
+    """Whether every layer knows where it is; False too where one is wrapped."""
+    first, last = stretch(layers)
+    if _misses_the_norm(layers, last, config):
+        return False
+    for position, layer in enumerate(layers):
+        if isinstance(layer, HyperConnectedLayer):
+            if layer.hc_config is not config or layer.hc_layer_index != position:
+                return False
+            if layer.hc_first_layer != first or layer.hc_last_layer != last:
+                return False
+        elif first <= position <= last or not isinstance(layer, GradientCheckpointingLayer):
+            return False
+    return True
+
+
+def stretch(layers: Any) -> tuple[int, int]:
+    """The positions of the first and of the last layer that runs with streams; (0, -1) if none does."""
+    found = [i for i, layer in enumerate(layers) if isinstance(layer, HyperConnectedLayer) and layer.hc_options]
+    return (found[0], found[-1]) if found else (0, -1)
 
 
 def connected_layer(layer: Any) -> HyperConnectedLayer | None:
@@ -61,27 +81,41 @@ def check_arrangement(layers: Layers, config: Any) -> None:
     Raises:
         ValueError: naming the layer and the way out.
     """
-    found = [None if layer is None else layer.hc_options for layer in layers]
-    options = next(filter(None, found), None)
-    if options is None:
+    first, last = stretch(layers)
+    if last < 0:
         return  # adapters that are switched off
-    for position, own in enumerate(found):
-        if own != options:
+    options = layers[first].hc_options  # type: ignore[union-attr]
+    everywhere = all(layer is None or layer.hc_options is None or layer.hc_options.layers is None for layer in layers)
+    for position in range(len(layers)) if everywhere else range(first, last + 1):
+        layer = layers[position]
+        own = None if layer is None else layer.hc_options
+        if own is None or (own != options and replace(own, layers=options.layers) != options):
             raise ValueError(
-                f"every decoder layer must have hyper-connections of the same options, {options}; layer {position} has "
-                f"{own or 'none'}. Change the layers of the plain model and give it hyper-connections afterwards, or "
-                "take layers from a model with the same options."
+                f"every decoder layer{'' if everywhere else f' from {first} to {last}'} must have "
+                f"hyper-connections of the same options, {options}; layer {position} has {own or 'none'}. Change the "
+                "layers of the plain model and give it hyper-connections afterwards, or take layers from a model with "
+                "the same options."
             )
-    check_distinct(layers)
-    _check_end(layers, "expand_hc", 0, options.stream_embedding)
-    last = min(len(layers), config.num_hidden_layers) - 1
-    _check_end(layers, "readout_hc", last, READOUTS[options.readout].module is not None)
+    check_distinct([layer for layer in layers if layer is not None])
+    end = min(len(layers), config.num_hidden_layers) - 1
+    if _misses_the_norm(layers, last, config):
+        raise ValueError(
+            f"readout {options.readout!r} follows the final norm of the model, so the layers with streams must go up "
+            f"to the last one, {end}; got {first} to {last}. Put plain layers in front of them alone."
+        )
+    _check_end(layers, "expand_hc", first, options.stream_embedding)
+    _check_end(layers, "readout_hc", min(last, max(first, end)), READOUTS[options.readout].module is not None)
 
 
-def _check_end(layers: Any, name: str, home: int, learned: bool) -> None:
+def _misses_the_norm(layers: Any, last: int, config: Any) -> bool:
+    """Whether plain layers run between the last one with streams and the norm that these are to pass through."""
+    return 0 <= last < min(len(layers), config.num_hidden_layers) - 1 and layers[last].reads_out_after_norm()
+
+
+def _check_end(layers: Layers, name: str, home: int, learned: bool) -> None:
     for position, layer in enumerate(layers):
         wanted = learned and position == home
-        if (layer.end(name) is not None) != wanted:
+        if layer is not None and (layer.end(name) is not None) != wanted:
             raise ValueError(
                 f"layer {home} of {len(layers)}, at one end of the streams, must have the learned {name!r} and no "
                 f"other layer may; layer {position} has {'none' if wanted else 'one'}. Hand the module over and set it "
@@ -103,9 +137,16 @@ def check_complete(layers: Any, config: Any) -> None:
         )
     found = [connected_layer(layer) for layer in layers]
     check_arrangement(found, config)
-    options = config.stream_options()
-    if found[0] is None or found[0].hc_options != options:
+    options, (first, last) = config.stream_options(), stretch(found)
+    own = None if found[first] is None else found[first].hc_options  # type: ignore[union-attr]
+    if own is None or replace(own, layers=options.layers) != options:
         raise ValueError(
-            f"the layers of a model must be saved with the options of its configuration, {options}; got "
-            f"{found[0] and found[0].hc_options}. Make the configuration agree with the layers."
+            f"the layers of a model must be saved with the options of its configuration, {options}; got {own}. Make "
+            "the configuration agree with the layers."
+        )
+    if (first, last + 1) != (options.layers or (0, len(layers))):
+        raise ValueError(
+            f"the layers with hyper-connections must be saved under their present numbers; the configuration says "
+            f"hc_layers={options.layers}, and they are {first} to {last} of {len(layers)}. Set config.hc_layers = "
+            f"({first}, {last + 1})."
         )

@@ -11,7 +11,8 @@ The file is longer than others because the two kinds of configuration make each 
 import copy
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -137,8 +138,11 @@ class KromHCConfig(Shareable):
         Raises:
             ValueError: with the rule, the value and the way out.
         """
-        for name, value in self.stream_options().to_dict().items():
-            setattr(self, f"hc_{name}", value)
+        number = self.get_text_config().num_hidden_layers  # type: ignore[attr-defined]
+        with _named_as_fields():
+            options = self.stream_options().in_model(number)
+        for name, value in options.as_fields().items():
+            setattr(self, name, value)
 
     def check_keywords(self, keywords: dict[str, Any], backbone_config: PreTrainedConfig | None) -> None:
         """Refuses keywords of the constructor that look like options of hyper-connections and are none.
@@ -176,12 +180,18 @@ class KromHCConfig(Shareable):
         Raises:
             ValueError: if one of the fields has a value that is not allowed.
         """
-        try:
+        with _named_as_fields():
             return StreamOptions(**{name: getattr(self, f"hc_{name}") for name in OPTIONS})
-        except ValueError as error:
-            # By the name that it has here, in the rule and in the way out.
-            message = re.sub(rf"^({'|'.join(OPTIONS)}) |\b({'|'.join(OPTIONS)})=", r"hc_\g<0>", str(error))
-            raise ValueError(message) from None
+
+
+@contextmanager
+def _named_as_fields() -> Iterator[None]:
+    """Has a refusal name an option as it is called in a configuration, in the rule and in the way out."""
+    try:
+        yield
+    except ValueError as error:
+        message = re.sub(rf"^({'|'.join(OPTIONS)}) |\b({'|'.join(OPTIONS)})=", r"hc_\g<0>", str(error))
+        raise ValueError(message) from None
 
 
 KromHCConfig.__doc__ = documented(KromHCConfig.__doc__, FIELDS)
@@ -282,7 +292,7 @@ def _make_config_class(model_type: str, backbone_class: Any) -> type[KromHCConfi
         "__module__": __name__,
         "__qualname__": name,
         "__doc__": f"{backbone_class.__name__} with hyper-connections, see `KromHCConfig`.",
-        "__annotations__": {field: option.kind for field, option in FIELDS.items()},
+        "__annotations__": {field: Any if option.read else option.kind for field, option in FIELDS.items()},
         "model_type": PREFIX + model_type,
         "backbone_config_class": backbone_class,
         "_auto_class": None,  # by which code of a repository would be copied once more, from the wrong file

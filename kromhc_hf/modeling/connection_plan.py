@@ -32,14 +32,14 @@ class Decoder(NamedTuple):
     candidates: tuple[LayerSpec, ...]
 
     @property
-    def connected(self) -> bool:
-        """Whether the layers have hyper-connections."""
-        return isinstance(self.layers[0], HyperConnectedLayer)
+    def connected(self) -> list[HyperConnectedLayer]:
+        """The layers with hyper-connections, which need not be all of them."""
+        return [layer for layer in self.layers if isinstance(layer, HyperConnectedLayer)]
 
     @property
     def added_names(self) -> set[str]:
         """The names of the modules that hyper-connections have added to the layers."""
-        names = ((name, getattr(layer, name)) for layer in self.layers for name in (*layer.spec.names, *END_NAMES))
+        names = ((name, getattr(layer, name)) for layer in self.connected for name in (*layer.spec.names, *END_NAMES))
         return {name for name, module in names if module is not None}
 
 
@@ -108,10 +108,13 @@ def check_layers(decoder: Decoder) -> ConnectionPlan:
     check_partitioned_dtype(layers)
     check_distinct(layers)
     check_between_layers(decoder.owners[-1], decoder.path)
+    return ConnectionPlan(decoder, [_fitted(decoder, position) for position in range(len(layers))])
+
+
+def _fitted(decoder: Decoder, position: int) -> LayerSpec:
     config = decoder.owners[-1].config
     outside = outside_family(config, config.model_type.removeprefix(PREFIX))
-    specs = [fit_layer(layer, decoder.candidates, i, outside) for i, layer in enumerate(layers)]
-    return ConnectionPlan(decoder, specs)
+    return fit_layer(decoder.layers[position], decoder.candidates, position, outside)
 
 
 def check_partitioned_dtype(model: nn.Module) -> None:
@@ -133,4 +136,6 @@ def present_plan(decoder: Decoder) -> ConnectionPlan:
     """The plan that decoder layers with hyper-connections were made by; without, the one that they would be made by."""
     if not decoder.connected:
         return check_layers(decoder)
-    return ConnectionPlan(decoder, [layer.spec for layer in decoder.layers])
+    layers = enumerate(decoder.layers)
+    specs = [layer.spec if isinstance(layer, HyperConnectedLayer) else _fitted(decoder, i) for i, layer in layers]
+    return ConnectionPlan(decoder, specs)

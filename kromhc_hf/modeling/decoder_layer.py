@@ -20,7 +20,7 @@ from .stream_module import StreamModule
 # Beside the hyper-connections, where the streams begin and end in a learned way: on the first and on the last layer.
 END_NAMES = ("expand_hc", "readout_hc")
 # What arrangement.py sets.
-PLACE_NAMES = ("hc_config", "hc_layer_index", "hc_is_last")
+PLACE_NAMES = ("hc_config", "hc_layer_index", "hc_first_layer", "hc_last_layer")
 
 
 Connections = dict[str, StreamModule | None]
@@ -43,8 +43,8 @@ class Arguments(NamedTuple):
 class HyperConnectedLayer(nn.Module):
     """Mixed in front of a family's decoder layer: runs its sublayers between reads from and writes to the streams.
 
-    The first layer expands `[B, S, C]` to streams `[B, S, n, C]`, the last one that runs reads them out again, and in
-    between the hidden states that the model passes from layer to layer are the streams. Where a layer stands is set
+    The first such layer expands `[B, S, C]` to streams `[B, S, n, C]`, the last one that runs reads them out again, and
+    in between the hidden states that the model passes from layer to layer are the streams. Where a layer stands is set
     by arrangement.py.
     """
 
@@ -58,7 +58,8 @@ class HyperConnectedLayer(nn.Module):
     hc_config: Any = None
     hc_options: Any  # StreamOptions, of the active adapter where there are adapters
     hc_layer_index: int
-    hc_is_last: bool  # of all layers that there are
+    hc_first_layer: int  # of those with streams
+    hc_last_layer: int
     expand_hc: StreamExpansion | None
     readout_hc: StreamReadout | None
 
@@ -77,7 +78,7 @@ class HyperConnectedLayer(nn.Module):
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
-        ends = self.hc_is_last or self.hc_layer_index == self.hc_config.num_hidden_layers - 1
+        ends = self.hc_layer_index in (self.hc_last_layer, self.hc_config.num_hidden_layers - 1)
         if ends and not self.reads_out_after_norm():
             streams = self.read_out(streams)
         returned = self.interface.returned
@@ -93,7 +94,7 @@ class HyperConnectedLayer(nn.Module):
 
     def make_streams(self, hidden_states: Tensor) -> Tensor:
         """`[B, S, C]` -> `[B, S, n, C]`."""
-        if self.hc_layer_index > 0:
+        if self.hc_layer_index != self.hc_first_layer:
             raise ValueError(
                 f"layer {self.hc_layer_index} ({self.layer_class.__name__}) must be given the streams of the layer "
                 f"before it, [B, S, n, C]; got {list(hidden_states.shape)}. Run all layers by setting "
@@ -270,9 +271,9 @@ def new_connections(layer: Any, spec: LayerSpec, options: StreamOptions, config:
         name: HyperConnection(size, options.num_streams, branch_index=branch, device=device, **options.of_branch())
         for branch, name in enumerate(spec.names, start=first_branch)
     }
-    is_first, is_last = position == 0, position == config.num_hidden_layers - 1
-    made["expand_hc"] = make_expansion(options, size, device) if is_first else None
-    made["readout_hc"] = make_readout(options, size, device) if is_last else None
+    layers = options.layers_of(config.num_hidden_layers)
+    made["expand_hc"] = make_expansion(options, size, device) if position == layers[0] else None
+    made["readout_hc"] = make_readout(options, size, device) if position == layers[-1] else None
     for module in made.values():
         if module is not None:
             module.train(layer.training)

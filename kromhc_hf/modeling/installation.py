@@ -18,8 +18,9 @@ def install(plan: ConnectionPlan, model_class: Callable[[Any, Any], Any]) -> Non
     owners, layers, _, _ = plan.decoder
     config = owners[-1].config
     options = config.stream_options()
-    for position, (layer, spec) in enumerate(zip(layers, plan.specs)):
-        connect_layer(layer, spec, config, options, position)
+    # There may be more layers than the configuration says.
+    for position in range(len(layers)) if options.layers is None else options.layers_of(config.num_hidden_layers):
+        connect_layer(layers[position], plan.specs[position], config, options, position)
     arrange(layers, config)
     connect_owners(plan.decoder, model_class)
 
@@ -27,7 +28,7 @@ def install(plan: ConnectionPlan, model_class: Callable[[Any, Any], Any]) -> Non
 def connect_owners(decoder: Decoder, model_class: Callable[[Any, Any], Any]) -> None:
     """Gives the models around connected layers the class with hyper-connections, where they have their own."""
     owners, layers, path, _ = decoder
-    before, added = {layer.layer_class.__name__ for layer in layers}, decoder.added_names
+    before, added = {layer.layer_class.__name__ for layer in decoder.connected}, decoder.added_names
     for owner in owners:
         if not hasattr(owner, "backbone_class"):
             owner.__class__ = model_class(type(owner), type(owner.config))
@@ -38,8 +39,8 @@ def connect_owners(decoder: Decoder, model_class: Callable[[Any, Any], Any]) -> 
 
 def uninstall(decoder: Decoder) -> None:
     """The inverse of `install`: the family's own classes again; the modules hold the family's configuration already."""
-    before, added = {type(layer).__name__ for layer in decoder.layers}, decoder.added_names
-    for layer in decoder.layers:
+    before, added = {type(layer).__name__ for layer in decoder.connected}, decoder.added_names
+    for layer in decoder.connected:
         disconnect_layer(layer)
     del decoder.owners[-1].hc_layers_path
     for owner in decoder.owners:

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .host import class_for_task
 from .outside_families import has_derived_row
+from .stream_layers import in_words
 
 
 # In every card of this package, by which it knows that nobody has made the card their own.
@@ -132,6 +133,7 @@ def _description(config: Any, origin: dict[str, Any], weights: str) -> str:
         "a small matrix mixes them.\n\n"
         f"| model type | `{config.model_type}` |\n|---|---|\n"
         f"| variant | `{config.hc_variant}` |\n| init | `{config.hc_init}` |\n| readout | `{config.hc_readout}` |\n"
+        + (f"| layers with streams | {in_words(config.hc_layers)} |\n" if config.hc_layers is not None else "")
         + ("| layers | described by a row that was derived from their source |\n" if has_derived_row(config) else "")
     )
 

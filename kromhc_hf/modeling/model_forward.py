@@ -23,13 +23,14 @@ def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
         return_dict = kwargs.pop("return_dict", None)
         outputs = backbone_forward(self, *args, return_dict=True, **kwargs)
         if getattr(outputs, "hidden_states", None) is not None:
-            last_layer = [module for module in self.modules() if isinstance(module, HyperConnectedLayer)][-1]
+            connected = [m for m in self.modules() if isinstance(m, HyperConnectedLayer) and m.hc_options]
             outputs["hidden_states"] = tuple(
-                last_layer.read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
+                connected[-1].read_out(h) if h is not None and h.dim() == 4 else h for h in outputs.hidden_states
             )
         if self.hc_layers_path is not None:
             last = connected_layer(attribute(self, self.hc_layers_path)[-1])
-            if last is not None and last.reads_out_after_norm():
+            # An early exit may be in front of the first layer with streams.
+            if last is not None and last.reads_out_after_norm() and last.hc_first_layer < self.config.num_hidden_layers:
                 _sum_normed_streams(outputs, last.hc_options.num_streams)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()

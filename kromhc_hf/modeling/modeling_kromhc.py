@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from .options import INITS  # noqa: F401
     from .outside_code import FAMILY_MODULE  # noqa: F401
     from .stream_ends import expand  # noqa: F401
+    from .stream_layers import Ends  # noqa: F401
     from .variants import VARIANTS  # noqa: F401
     from .variants_permutations import LARGEST_FACTOR  # noqa: F401
     from .variants_rotations import cayley  # noqa: F401

@@ -15,6 +15,7 @@ import torch
 
 from .mixing import SINKHORN_ITERATIONS, Mixing
 from .stream_ends import READOUTS
+from .stream_layers import Ends, positions, read_ends
 from .stream_module import EPS
 from .variants import VARIANTS, make_mixing
 
@@ -35,6 +36,8 @@ class Option(NamedTuple):
         help: what it does, in one line.
         choices: the values that it may have, if they are names.
         flags: other ways to spell it on the command line; of an option that is on by default, what turns it off.
+        read: makes of a value, such as text of the command line or a list of a file, the one that is kept, or raises
+            ValueError; the type is not checked then.
         kind: its type, filled in from the field.
     """
 
@@ -42,7 +45,8 @@ class Option(NamedTuple):
     help: str
     choices: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
-    kind: type = object
+    read: Callable[[Any], Any] | None = None
+    kind: Any = object
 
 
 class BranchKeywords(TypedDict, total=False):
@@ -73,6 +77,10 @@ class StreamKeywords(BranchKeywords, total=False):
     ]
     stream_embedding: Annotated[
         bool, Option(False, "Whether each stream gets a learned embedding where it is made, zero at first.")
+    ]
+    layers: Annotated[
+        Ends | str | None,
+        Option(None, "Decoder layers with streams, a slice such as 8:12 or -4:; by default all.", read=read_ends),
     ]
 
 
@@ -147,6 +155,9 @@ class StreamOptions:
         self.mixing()
         for name, option in OPTIONS.items():
             value, default = getattr(self, name), f"The default is {option.default!r}."
+            if option.read is not None:
+                object.__setattr__(self, name, option.read(value))
+                continue
             if option.kind is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
                 object.__setattr__(self, name, value)
@@ -165,6 +176,27 @@ class StreamOptions:
     def mixing(self) -> Mixing:
         """The parametrisation of the mixing matrix."""
         return make_mixing(self.variant, self.num_streams, self.sinkhorn_iterations)
+
+    def layers_of(self, number: int) -> range:
+        """The positions of the layers with streams in a model of so many decoder layers.
+
+        Raises:
+            ValueError: if the model does not have them, or the readout needs the last layer and it is not among them.
+        """
+        found = positions(self.layers, number)
+        if READOUTS[self.readout].after_norm and found[-1] != number - 1:
+            raise ValueError(
+                f"readout {self.readout!r} follows the final norm of the model, so the layers with streams must go up "
+                f"to the last one, {number - 1}; got layers={self.layers!r}. Use layers=({found[0]}, None), or "
+                "readout='mean'."
+            )
+        return found
+
+    def in_model(self, number: int) -> "StreamOptions":
+        """The same options with `layers` counted from the first of so many decoder layers, see `layers_of`."""
+        found = self.layers_of(number)
+        ends = None if self.layers is None else (found[0], found[-1] + 1)
+        return StreamOptions(**{**self.to_dict(), "layers": ends})
 
     def to_dict(self) -> dict[str, Any]:
         """The values by name."""

@@ -94,7 +94,8 @@ def adapter_to_model(peft_model: Any, adapter_name: str | None = None) -> Any:
         )
     tensors = model_keys(get_peft_model_state_dict(peft_model, adapter_name=name))
     sites: dict[str, Any] = branches(peft_model)
-    kernels = {path: site.hyper_connection_adapters[name].kernel for path, site in sites.items()}
+    own = {path: site.hyper_connection_adapters for path, site in sites.items()}
+    kernels = {path: adapters[name].kernel for path, adapters in own.items() if name in adapters}
     model = apply_hyper_connections(peft_model.unload(), **config.stream_options().to_dict())
     load_hyper_connection_state_dict(model, tensors, f"adapter {name!r}")
     for path, hyper_connection in branches(model).items():

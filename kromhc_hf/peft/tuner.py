@@ -78,16 +78,18 @@ def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, 
         ValueError: if the family is not supported, the model has hyper-connections of its own, or the adapter was made
             for another base.
     """
-    if has_hyper_connections(model):
+    plan = None if has_hyper_connections(model) else present_plan(find_decoder(model))
+    if plan is None or not all(isinstance(layer, AdaptedLayer) for layer in plan.decoder.connected):
         raise ValueError(
             f"The base of a KromHCPeftConfig must be a plain model; {type(model).__name__} has hyper-connections of "
             'its own. Train those: freeze_backbone(model), or LoraConfig(..., modules_to_save=["attn_hc", "ffn_hc"]).'
         )
     plan = present_plan(find_decoder(model))
     check_against_source(plan)
+    base_config = plan.decoder.owners[-1].config
     actual = {
         "base_model_type": model.config.model_type,
-        "base_hidden_size": plan.decoder.owners[-1].config.hidden_size,
+        "base_hidden_size": base_config.hidden_size,
         "base_num_layers": len(plan.decoder.layers),
     }
     made_for = {name: getattr(config, name) for name in actual}
@@ -96,7 +98,7 @@ def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, 
             f"The adapter must be loaded on the base model that it was made for, {made_for}; got "
             f"{type(model).__name__} with {actual}. Load {config.base_model_name_or_path or 'that base model'} first."
         )
-    return plan, actual
+    return plan, {**actual, "layers": config.stream_options().in_model(base_config.num_hidden_layers).layers}
 
 
 class HyperConnectionTuner(BaseTuner):
@@ -119,7 +121,8 @@ class HyperConnectionTuner(BaseTuner):
         self._plan, made_for = plan_adapter(base, config)
         vars(config).update(made_for)
         path = next(path for path, module in model.named_modules() if module is self._plan.decoder.layers)
-        config.target_modules = rf"{re.escape(path)}\.\d+"
+        layers = r"\d+" if config.layers is None else "|".join(map(str, range(*config.layers)))
+        config.target_modules = rf"{re.escape(path)}\.({layers})"
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         adapt_owners(self._plan.decoder)
 

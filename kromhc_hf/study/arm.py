@@ -128,7 +128,9 @@ def make_arm(name: str, values: dict[str, Any]) -> Arm:
     """
     if not NAME.fullmatch(name):
         raise StudyError(f"the name of an arm must be letters, digits, blanks and . _ + -; got {name!r}. Rename it.")
-    hints = typing.get_type_hints(Arm)
+    # Options that read their value say themselves what is wrong with it.
+    reading = {key: object for key, option in OPTIONS.items() if option.read}
+    hints = typing.get_type_hints(Arm) | reading
     refuse_unknown(f"arm {name!r}", values, set(hints))
     for key, value in values.items():
         if float in (hints[key], *typing.get_args(hints[key])) and type(value) is int:

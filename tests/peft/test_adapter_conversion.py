@@ -72,9 +72,14 @@ AWAY = [
     {"num_streams": 3, "variant": "identity", "init": "paper", "readout": "sum"},
     {"num_streams": 3, "init": "paper", "readout": "norm_sum", "residual_logit": 2.0},
     {"variant": "mhc", "sinkhorn_iterations": 2, "eps": 1e-2},
-    {"variant": "tbp", "stream_embedding": True, "residual_logit": 1.0},
+    {"variant": "go_mhc", "num_streams": 3},
+    {"variant": "orthogonal", "num_streams": 2},
+    {"variant": "tbp", "stream_embedding": True, "residual_logit": 1.0, "layers": (1, 2)},
     {"variant": "mhc_lite", "num_streams": 2, "dynamic": False, "readout": "softmax"},
-    *({"variant": "hc", "readout": readout, "eps": 1e-3, "stream_embedding": True} for readout in LEARNED_READOUTS),
+    *(
+        {"variant": variant, "readout": readout, "eps": 1e-3, "stream_embedding": True}
+        for variant, readout in zip(("hc", "one_sided", "circulant"), LEARNED_READOUTS, strict=True)
+    ),
 ]
 
 
