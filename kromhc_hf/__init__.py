@@ -1,136 +1,36 @@
-"""Manifold-constrained hyper-connections for the language models of Hugging Face transformers."""
+"""Manifold-constrained hyper-connections for the language models of Hugging Face transformers.
+
+What it has is named in `__init__.pyi` and imported when somebody asks for it. Importing the package has its models
+registered with the Auto classes, PEFT and Liger where these are imported: neither they nor torch are imported for that.
+"""
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import rows
-from .applying import apply_hyper_connections, has_hyper_connections, remove_hyper_connections
-from .conversion.code_update import update_code
-from .conversion.convert import convert_checkpoint
-from .conversion.hub import push_checkpoint, push_folder
-from .conversion.hyper_connection_file import load_hyper_connections, push_hyper_connections, save_hyper_connections
-from .conversion.report import ConversionReport
-from .conversion.verification import verify_conversion
-from .derivation import derive_family
-from .growing import Growth, grow_streams
-from .inspection.inspection import inspect_checkpoints, inspect_model
-from .inspection.recording import BranchRecord, record_mappings
-from .inspection.report import write_report
+import lazy_loader
+
 from .liger_kernels import register_with_liger
-from .modeling.configuration_kromhc import KromHCConfig
-from .modeling.host import warn_if_untested
-from .modeling.hyper_connection import HyperConnection, Mappings
-from .modeling.layer_fit import composite_model_types, supported_model_types
-from .modeling.mixing import doubly_stochastic_error
-from .modeling.modeling_kromhc import (
-    KromHCForCausalLM,
-    KromHCForImageTextToText,
-    KromHCForMultimodalLM,
-    KromHCForQuestionAnswering,
-    KromHCForSequenceClassification,
-    KromHCForTokenClassification,
-    KromHCModel,
-)
-from .modeling.options import StreamOptions
-from .modeling.stream_ends import expand, mean_of_streams
-from .official.checkpoints import import_reference_checkpoint
-from .official.modules import import_reference_state_dict
-from .own_families import register_family, unregister_family
-from .parameter_counts import count_parameters
+from .modeling.releases import warn_if_untested
 from .peft.registration import register_with_peft
 from .registration import register
-from .training import (
-    HyperConnectionTrainerMixin,
-    freeze_backbone,
-    hyper_connection_state_dict,
-    load_hyper_connection_state_dict,
-    optimizer_param_groups,
-    shard_hyper_connections,
-)
 
-
-if TYPE_CHECKING:
-    from .inspection.trainer_callback import StreamMetricsCallback
-    from .peft.config import KromHCPeftConfig
-    from .peft.conversion import adapter_to_model, model_to_adapter
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BranchRecord",
-    "ConversionReport",
-    "Growth",
-    "HyperConnection",
-    "HyperConnectionTrainerMixin",
-    "KromHCConfig",
-    "KromHCForCausalLM",
-    "KromHCForImageTextToText",
-    "KromHCForMultimodalLM",
-    "KromHCForQuestionAnswering",
-    "KromHCForSequenceClassification",
-    "KromHCForTokenClassification",
-    "KromHCModel",
-    "KromHCPeftConfig",
-    "Mappings",
-    "StreamMetricsCallback",
-    "StreamOptions",
-    "adapter_to_model",
-    "apply_hyper_connections",
-    "composite_model_types",
-    "convert_checkpoint",
-    "count_parameters",
-    "derive_family",
-    "doubly_stochastic_error",
-    "expand",
-    "freeze_backbone",
-    "grow_streams",
-    "has_hyper_connections",
-    "hyper_connection_state_dict",
-    "import_reference_checkpoint",
-    "import_reference_state_dict",
-    "inspect_checkpoints",
-    "inspect_model",
-    "load_hyper_connection_state_dict",
-    "load_hyper_connections",
-    "mean_of_streams",
-    "model_to_adapter",
-    "optimizer_param_groups",
-    "push_checkpoint",
-    "push_folder",
-    "push_hyper_connections",
-    "record_mappings",
-    "register_family",
-    "remove_hyper_connections",
-    "rows",
-    "save_hyper_connections",
-    "shard_hyper_connections",
-    "supported_model_types",
-    "unregister_family",
-    "update_code",
-    "verify_conversion",
-    "write_report",
-]
+_exported, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_NEEDS_PEFT = ("KromHCPeftConfig", "adapter_to_model", "model_to_adapter")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_PEFT:
+        if find_spec("peft") is None:
+            raise ImportError(f"{name} needs the package peft, which is not installed: pip install 'kromhc-hf[peft]'.")
+        import_module("peft")  # which registers the method, and imports our module for it
+    return _exported(name)
+
 
 warn_if_untested()
 register()
 register_with_peft()
 register_with_liger()
-
-# Imported when asked for: the first needs transformers' Trainer, the second the optional package peft.
-_NEEDS_PEFT = {
-    "KromHCPeftConfig": ".peft.config",
-    "adapter_to_model": ".peft.conversion",
-    "model_to_adapter": ".peft.conversion",
-}
-_LAZY = {"StreamMetricsCallback": ".inspection.trainer_callback", **_NEEDS_PEFT}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _NEEDS_PEFT and find_spec("peft") is None:
-        raise ImportError(f"{name} needs the package peft, which is not installed: pip install 'kromhc-hf[peft]'.")
-    if name in _NEEDS_PEFT:
-        import_module("peft")  # which registers the method, and imports our module for it
-    return getattr(import_module(_LAZY[name], __name__), name)

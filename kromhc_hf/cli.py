@@ -7,22 +7,19 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Table
-from transformers.utils import logging
 
 from .command_errors import ErrorsAsMessages, PipedConsole, read_text
 from .command_options import (
@@ -38,23 +35,17 @@ from .command_options import (
     run_family_file,
     stream_options,
 )
-from .conversion.base import refuse_adapter
-from .conversion.convert import convert_checkpoint
+from .command_progress import PartsWithTimes
 from .conversion.disk import LINKS
-from .conversion.files import ADAPTER_CONFIG
-from .conversion.hub import check_push, push_checkpoint
-from .conversion.report import ConversionReport, report_rows
-from .conversion.verification import verify_conversion
-from .demo import run_demo
-from .families_table import families_table
-from .how_handled import how_handled
-from .inspection.inspection import Inspection, inspect_checkpoints
-from .inspection.plots import require_matplotlib
-from .inspection.report import write_report
-from .inspection.tables import BRANCH_COLUMNS, branch_rows, total_rows
-from .modeling.options import StreamOptions
+from .modeling.option_table import check_choice
+from .quiet import quiet
 
 
+if TYPE_CHECKING:
+    from .conversion.report import ConversionReport
+    from .inspection.inspection import Inspection
+
+# What a command needs is imported where it runs: help and wrong arguments are answered without torch.
 app = typer.Typer(
     cls=ErrorsAsMessages,
     help="Hyper-connections for the language models of transformers.",
@@ -88,6 +79,14 @@ def convert(
     **options: Any,
 ) -> None:
     """Write a checkpoint with n residual streams from a checkpoint without; no base tensor changes."""
+    for name, value in options.items():
+        check_choice(name, value)
+
+    from .conversion.base import refuse_adapter
+    from .conversion.convert import convert_checkpoint
+    from .conversion.hub import check_push
+    from .modeling.options import StreamOptions
+
     refuse_unread(context, StreamOptions(**options))
     refuse_adapter(Path(source))
     run_family_file(family)
@@ -95,15 +94,7 @@ def convert(
         raise ValueError("--private would have no effect without an upload. Use it with --push-to USER/NAME.")
     if push_to is not None:
         check_push(push_to, private)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=messages, transient=True) as progress:
-        bar = progress.add_task("copying", total=None)
-
-        def advance(done: int, total: int) -> None:
-            verifying = verify and done == total
-            description = "running both models on the same tokens" if verifying else "copying"
-            progress.update(bar, completed=done, total=total, description=description)
-
+    with PartsWithTimes(messages) as parts:
         report = convert_checkpoint(
             source,
             destination,
@@ -115,7 +106,8 @@ def convert(
             verify=verify,
             trust_remote_code=trust_remote_code,
             derive=derive,
-            progress=advance,
+            progress=parts.bytes_done,
+            part=parts.begin,
             **options,
         )
     _finish(report, as_json)
@@ -134,6 +126,7 @@ def adapter(
     """Write the full model of an adapter and its base, or of a full model the adapter that makes it from its base."""
     if find_spec("peft") is None:
         raise ValueError("adapters need the package peft, which is not installed. Use pip install 'kromhc-hf[peft]'.")
+    from .conversion.files import ADAPTER_CONFIG
     from .peft.conversion import adapter_to_checkpoint, checkpoint_to_adapter
 
     if not source.is_dir():
@@ -176,11 +169,13 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run a base model and its converted form on the same tokens; exit 1 if a lossless init is not lossless."""
+    from .conversion.verification import verify_conversion
+
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16; got {dtype!r}.")
     sample = read_text(text)
     run_family_file(family)
-    with messages.status("running both models on the same tokens"):
+    with PartsWithTimes(messages) as parts:
         report = verify_conversion(
             base,
             converted,
@@ -191,6 +186,7 @@ def verify(
             subfolder=subfolder,
             weight_variant=weight_variant,
             trust_remote_code=trust_remote_code,
+            part=parts.begin,
         )
     _finish(report, as_json)
 
@@ -208,6 +204,10 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Run a converted checkpoint on a text and show what its streams do, as a table and as pictures."""
+    from .inspection.inspection import inspect_checkpoints
+    from .inspection.plots import require_matplotlib
+    from .inspection.report import write_report
+
     if directory is not None:
         require_matplotlib()
     sample = read_text(text)
@@ -290,6 +290,8 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 100,
 ) -> None:
     """Convert, verify, fine-tune, save and reload a tiny model that comes with the package."""
+    from .demo import run_demo
+
     report = run_demo(directory, steps=steps, console=messages)
     output.print(_table(report.conversion))
     output.print(f"held-out loss before {report.loss_before:.3f}, after {report.loss_after:.3f} nats per token")
@@ -303,14 +305,22 @@ def demo(
 
 @app.command()
 def families(
-    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a model, to tell about it alone.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of a model, or a model type, to tell about it alone.")
+    ] = None,
     family: Family = None,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """List the model types that are supported, and those that are refused with the reason; or tell how a model is."""
+    from .families_table import families_table
+
     run_family_file(family)
-    rows = families_table() if model is None else [how_handled(model, trust_remote_code)]
+    rows = [row for row in families_table() if model in (None, row.model_type)]
+    if model is not None and (Path(model).exists() or not rows):
+        from .how_handled import how_handled
+
+        rows = [how_handled(model, trust_remote_code)]
     if as_json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
         return
@@ -328,7 +338,9 @@ def families(
         output.print(table)
 
 
-def _print_inspection(inspection: Inspection) -> None:
+def _print_inspection(inspection: "Inspection") -> None:
+    from .inspection.tables import BRANCH_COLUMNS, branch_rows, total_rows
+
     table = Table(*BRANCH_COLUMNS, title=inspection.name, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     for row in branch_rows(inspection):
         table.add_row(*row)
@@ -339,11 +351,13 @@ def _print_inspection(inspection: Inspection) -> None:
 
 
 def _push(folder: Path, repo_id: str, private: bool) -> None:
+    from .conversion.hub import push_checkpoint
+
     # On stderr, where the JSON of the report is not in the way.
     messages.print(f"uploaded: {push_checkpoint(folder, repo_id, private=private or None)}", soft_wrap=True)
 
 
-def _finish(report: ConversionReport, as_json: bool) -> None:
+def _finish(report: "ConversionReport", as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -358,7 +372,9 @@ def _finish(report: ConversionReport, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _table(report: ConversionReport) -> Table:
+def _table(report: "ConversionReport") -> Table:
+    from .conversion.report import report_rows
+
     table = Table(title=f"{report.source} -> {report.destination}", show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -369,8 +385,7 @@ def _table(report: ConversionReport) -> Table:
 
 def main() -> None:
     """Entry point."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     app()
 
 

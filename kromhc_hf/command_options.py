@@ -4,12 +4,16 @@ import runpy
 from collections.abc import Callable
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .modeling.options import OPTIONS, StreamOptions, described_option
+from .modeling.option_table import OPTIONS, described_option
 from .modeling.outside_families import REGISTERED
+
+
+if TYPE_CHECKING:
+    from .modeling.options import StreamOptions
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -45,7 +49,7 @@ def stream_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def refuse_unread(context: typer.Context, options: StreamOptions) -> None:
+def refuse_unread(context: typer.Context, options: "StreamOptions") -> None:
     """Refuses an option that was given and that nothing reads beside the others."""
     for name, reason in options.without_effect().items():
         # By name: the enumeration is click's, which some releases of typer have inside.

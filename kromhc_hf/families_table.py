@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .modeling.families import COMPOSITE, REFUSED, ROWS, SUPPORTED
-from .modeling.host import NEWEST, has_family, numbered
 from .modeling.layer_spec import Row, Step, Sublayer, layer_kinds
+from .modeling.releases import NEWEST, has_family, numbered
 
 
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"

@@ -8,7 +8,7 @@ from .conversion.base import model_content
 from .conversion.files import resolve_source
 from .derivation import derived_row
 from .families_table import FamilyRow, describe, families_table
-from .modeling.configuration_kromhc import PREFIX
+from .modeling.model_types import PREFIX
 from .modeling.outside_families import REGISTERED
 
 

@@ -3,8 +3,7 @@
 import importlib
 
 from .after_import import after_import
-from .modeling.configuration_kromhc import PREFIX
-from .modeling.layer_fit import known_model_types
+from .modeling.model_types import PREFIX, known_model_types
 
 
 MODULE = "liger_kernel.transformers.monkey_patch"

@@ -4,9 +4,10 @@ from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .modeling.configuration_kromhc import PREFIX, KromHCConfig
+from .modeling.configuration_kromhc import KromHCConfig
 from .modeling.host import forget_model_type
 from .modeling.layer_spec import Row
+from .modeling.model_types import PREFIX
 from .modeling.outside_families import REGISTERED, checked_family
 
 

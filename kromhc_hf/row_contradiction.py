@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from .families_table import describe
-from .modeling.configuration_kromhc import PREFIX
 from .modeling.connection_plan import ConnectionPlan
 from .modeling.layer_spec import LayerSpec, Step, Sublayer
+from .modeling.model_types import PREFIX
 from .modeling.outside_families import outside_family
 from .row_reading import read_row
 

@@ -247,7 +247,7 @@ def test_no_exception_is_a_traceback(kromhc, monkeypatch, error, code, message):
     def fail():
         raise error
 
-    monkeypatch.setattr("kromhc_hf.cli.families_table", fail)
+    monkeypatch.setattr("kromhc_hf.families_table.families_table", fail)
     found, out, err = kromhc("families")
     assert (found, out) == (code, "")
     assert message in err

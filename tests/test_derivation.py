@@ -25,11 +25,11 @@ from kromhc_hf.cli import app
 from kromhc_hf.derivation import derived_row
 from kromhc_hf.modeling.composite import replace_config
 from kromhc_hf.modeling.connection_plan import ConnectionPlan, find_decoder, plan_connections
-from kromhc_hf.modeling.host import has_family
 from kromhc_hf.modeling.installation import install
 from kromhc_hf.modeling.layer_fit import fit_layer
 from kromhc_hf.modeling.modeling_kromhc import model_class
 from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
+from kromhc_hf.modeling.releases import has_family
 from kromhc_hf.row_contradiction import without_names
 from kromhc_hf.row_reading import read_row
 

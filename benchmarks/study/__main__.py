@@ -25,10 +25,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from kromhc_hf.quiet import quiet
 from kromhc_hf.study.arm import StudyError
 from kromhc_hf.study.cost import at_equal_time, measure_costs, read_costs
 from kromhc_hf.study.report import draw_curves, draw_differences, summarize, table
-from kromhc_hf.study.runs import execute, quiet, results, write_atomically
+from kromhc_hf.study.runs import execute, results, write_atomically
 from kromhc_hf.study.statistics import agreements
 from kromhc_hf.study.study_file import load_study, rehearsal
 from kromhc_hf.study.timing import device_name

@@ -1,8 +1,13 @@
 """Checkpoints in folders and on the Hub: converted, verified, uploaded."""
 
-from .convert import convert_checkpoint
-from .report import ConversionReport
-from .verification import verify_conversion
+import lazy_loader
 
 
-__all__ = ["ConversionReport", "convert_checkpoint", "verify_conversion"]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "convert": ["convert_checkpoint"],
+        "report": ["ConversionReport"],
+        "verification": ["verify_conversion"],
+    },
+)

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..modeling.configuration_kromhc import PREFIX
 from ..modeling.foreign_code import check_base_config, without_code
+from ..modeling.model_types import PREFIX
 from .disk import bring_file
 from .files import (
     ADAPTER_CONFIG,

@@ -60,6 +60,7 @@ def convert_checkpoint(
     trust_remote_code: bool = False,
     derive: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    part: Callable[[str], None] = lambda name: None,
     **options: "Unpack[StreamKeywords]",
 ) -> ConversionReport:
     """Writes a checkpoint with n residual streams from a checkpoint without; no base tensor is loaded or rewritten.
@@ -85,6 +86,7 @@ def convert_checkpoint(
         derive: whether to load the base and read a row from its source, where no row describes its family; see
             `derive_family`.
         progress: called with the bytes done so far and in all.
+        part: called with a few words as each part of the work begins.
         **options: of the hyper-connections, see `StreamOptions`.
 
     Raises:
@@ -95,6 +97,7 @@ def convert_checkpoint(
             of another repository, or has been converted already.
     """
     check_link(link)
+    part("looking at the base")
     chosen = StreamOptions(**given_options((), options))
     base = BaseCheckpoint.open(
         *(source, revision, base_model), subfolder=subfolder, weight_variant=weight_variant, code=trust_remote_code
@@ -112,6 +115,7 @@ def convert_checkpoint(
     check_tensors(model, stored.tensors(), besides=added)
     # A model.safetensors beats every index and would hide the hyper-connections: a single file becomes a first shard.
     names = weight_file_names(len(base.weights.files) + bool(added))
+    part("copying" if link == "copy" else "linking")
     with new_folder(destination) as target:
         base_files = base.bring_into(target, names, link, progress)
         if added:
@@ -129,7 +133,7 @@ def convert_checkpoint(
             added_bytes=sum(form.nbytes for form in added.values()),
         )
         if verify:
-            report = verify_conversion(base.folder, target, **opened, report=report)
+            report = verify_conversion(base.folder, target, **opened, report=report, part=part)
             numbers = {number: getattr(report, number) for number in VERIFICATION}
             config.hc_conversion = {**base.origin, "verification": numbers}
             config.to_json_file(target / "config.json")

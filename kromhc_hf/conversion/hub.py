@@ -10,8 +10,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..modeling.configuration_kromhc import PREFIX, KromHCConfig
+from ..modeling.configuration_kromhc import KromHCConfig
 from ..modeling.model_card import model_card
+from ..modeling.model_types import PREFIX
 from .base import model_content
 from .files import CARD, REPLACED_WEIGHTS, may_write_card
 

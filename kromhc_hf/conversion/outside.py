@@ -6,8 +6,8 @@ from typing import Any
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..modeling.configuration_kromhc import PREFIX
 from ..modeling.layer_fit import check_model_type
+from ..modeling.model_types import PREFIX
 from ..modeling.outside_code import FAMILY_MODULE
 from ..modeling.outside_families import bind, outside_family
 

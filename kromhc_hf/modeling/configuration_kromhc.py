@@ -21,13 +21,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from .families import ROWS
 from .foreign_code import check_own_config
 from .host import config_class_name, config_class_of, has_own_init, why_absent
-from .layer_fit import check_model_type, known_model_types
+from .layer_fit import check_model_type
+from .model_types import PREFIX, known_model_types
 from .options import OPTIONS, StreamOptions, documented
 from .outside_families import BOUND, REGISTERED, OutsideFamily, bind, is_from_outside, outside_family
 from .remote_code import Shareable, take_code_along
 
-
-PREFIX = "kromhc_"
 
 # The options in a configuration, where the family's own fields stand beside them.
 FIELDS = {f"hc_{name}": option for name, option in OPTIONS.items()}

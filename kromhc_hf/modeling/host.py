@@ -5,7 +5,6 @@ What a release does is detected: by what it has, and by how the forwards of its 
 """
 
 import inspect
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,38 +13,21 @@ from typing import Any
 import transformers
 
 
-# The oldest release that has what is used here, and the newest one that the tests have seen; docs/hosts.md.
-OLDEST, NEWEST = (5, 6), (5, 24)
+# In front of the others, since it says which releases of transformers will do.
 
 
-def release() -> tuple[int, int]:
-    """The installed release of transformers, without the part that counts corrections."""
-    major, minor = transformers.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
-def numbered(number: tuple[int, int]) -> str:
-    """(5, 6) -> "5.6"."""
-    return ".".join(map(str, number))
-
-
-if release() < OLDEST:
-    # Said here, in front of what older releases lack.
-    raise ImportError(
-        f"hyper-connections need transformers {numbered(OLDEST)} or newer; got {transformers.__version__}. "
-        f'Install it: pip install "transformers>={numbered(OLDEST)}".'
-    )
-
-from transformers.conversion_mapping import (  # noqa: E402
+# isort: split
+from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.core_model_loading import convert_and_load_state_dict_in_model  # noqa: E402
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # noqa: E402
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, hub  # noqa: E402
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY  # noqa: E402
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, hub
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .outside_families import BOUND, bound_to  # noqa: E402
+from .outside_families import BOUND, bound_to
 
 
 # What releases and families call the argument by which a layer, or a module in it, is given the cache.
@@ -60,22 +42,6 @@ def why_absent(name: str) -> str:
         f": transformers {transformers.__version__} does not have its family. Install the release that "
         "transformers_version in the config.json of the model names, or a newer one"
     )
-
-
-def has_family(model_type: str) -> bool:
-    """Whether the installed release has a model type."""
-    return model_type in CONFIG_MAPPING_NAMES
-
-
-def warn_if_untested() -> None:
-    """Says once that the installed release is newer than the tests have seen; what it does otherwise is refused."""
-    if release() > NEWEST:
-        warnings.warn(
-            f"kromhc-hf is tested with transformers {numbered(OLDEST)} to {numbered(NEWEST)}; got "
-            f"{transformers.__version__}. Every layer is checked before it is changed, and what is not understood is "
-            "refused.",
-            stacklevel=3,
-        )
 
 
 def commit_of(repository: str, revision: str | None = None) -> str | None:

@@ -6,32 +6,13 @@ from typing import Any
 import transformers
 from torch import nn
 
-from .families import COMPOSITE, REFUSED, ROWS, SUPPORTED
-from .host import CACHE_NAMES, cache_name, forward_parameters, has_family
+from .families import COMPOSITE, REFUSED, ROWS
+from .host import CACHE_NAMES, cache_name, forward_parameters
 from .layer_returns import returned_beside
 from .layer_spec import ByConfig, LayerSpec, attribute
+from .model_types import composite_model_types, supported_model_types
 from .outside_families import OutsideFamily, is_from_outside, outside_family
-
-
-def supported_model_types() -> tuple[str, ...]:
-    """The model types of `AutoModelForCausalLM` in the installed transformers that can be given hyper-connections.
-
-    In alphabetical order.
-    """
-    return tuple(sorted(filter(has_family, SUPPORTED)))
-
-
-def composite_model_types() -> tuple[str, ...]:
-    """The model types of several modalities in the installed transformers that can be given hyper-connections.
-
-    In alphabetical order.
-    """
-    return tuple(sorted(filter(has_family, COMPOSITE)))
-
-
-def known_model_types() -> tuple[str, ...]:
-    """Every model type that has a configuration with hyper-connections: also text models that are parts of others."""
-    return tuple(sorted(filter(has_family, {*ROWS, *COMPOSITE})))
+from .releases import has_family
 
 
 def check_model_type(model_type: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .host import NEWEST, OLDEST, numbered
 from .layer_source import evaluated, forward_source, own_path
+from .releases import NEWEST, OLDEST, numbered
 
 
 class Beside(NamedTuple):

@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .option_table import SINKHORN_ITERATIONS
+
 
 PAPER_RESIDUAL_LOGIT = 8.0
-SINKHORN_ITERATIONS = 20
 
 
 class Mixing:

@@ -57,9 +57,9 @@ from .arrangement import check_complete
 from .configuration_kromhc import KromHCConfig, config_class, config_class_named, outside_config_class
 from .connection_plan import check_layers, find_decoder
 from .installation import connect_owners, install
-from .layer_fit import known_model_types
 from .layer_loop import methods_for_streams
 from .model_forward import with_readout
+from .model_types import known_model_types
 from .outside_families import BOUND, OutsideFamily, bind
 from .remote_code import Shareable, class_name
 from .stream_module import StreamModule
@@ -83,13 +83,16 @@ if TYPE_CHECKING:
     from .kernels_triton_language import AVAILABLE  # noqa: F401
     from .kernels_triton_projection import gates  # noqa: F401
     from .kernels_triton_width import Width  # noqa: F401
+    from .layer_fit import check_model_type  # noqa: F401
     from .layer_returns import Beside  # noqa: F401
     from .layer_source import own_path  # noqa: F401
     from .layer_spec import Sublayer  # noqa: F401
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401
-    from .options import INITS  # noqa: F401
+    from .option_table import INITS  # noqa: F401
+    from .options import given_options  # noqa: F401
     from .outside_code import FAMILY_MODULE  # noqa: F401
+    from .releases import OLDEST  # noqa: F401
     from .stream_ends import expand  # noqa: F401
     from .stream_layers import Ends  # noqa: F401
     from .variants import VARIANTS  # noqa: F401

@@ -1,101 +1,35 @@
 # Code of kromhc-hf, which travels with every model that it saves.
-"""The options of hyper-connections, each spelled out once: its type, default, documentation and check.
-
-Configurations, keyword arguments, the command line, adapters and studies are made from `OPTIONS`. To add an option, add
-a field to `BranchKeywords` (what every hyper-connection reads) or `StreamKeywords`, and whatever consumes it.
-"""
+"""The values of the options in `option_table`, checked, and what is made from that table for whoever takes them."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .mixing import SINKHORN_ITERATIONS, Mixing
+from .mixing import Mixing
+from .option_table import (
+    BRANCH_OPTIONS,
+    OPTIONS,
+    POSITIONAL,
+    BranchKeywords,
+    Option,
+    StreamKeywords,
+    check_choice,
+    described_option,
+    options_of,
+)
 from .stream_ends import READOUTS
-from .stream_layers import Ends, positions, read_ends
-from .stream_module import EPS
-from .variants import VARIANTS, make_mixing
+from .stream_layers import positions
+from .variants import make_mixing
 
 
 if TYPE_CHECKING:
     from typing import Unpack
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
-INITS = ("identity", "paper")
-
-
-class Option(NamedTuple):
-    """What is known about an option beside its name.
-
-    Args:
-        default: its value where none is given.
-        help: what it does, in one line.
-        choices: the values that it may have, if they are names.
-        flags: other ways to spell it on the command line; of an option that is on by default, what turns it off.
-        read: makes of a value, such as text of the command line or a list of a file, the one that is kept, or raises
-            ValueError; the type is not checked then.
-        kind: its type, filled in from the field.
-    """
-
-    default: Any
-    help: str
-    choices: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    read: Callable[[Any], Any] | None = None
-    kind: Any = object
-
-
-class BranchKeywords(TypedDict, total=False):
-    """The options that every hyper-connection reads, as keyword arguments."""
-
-    variant: Annotated[str, Option("kromhc", "How the mixing matrix is parametrised.", tuple(VARIANTS))]
-    init: Annotated[
-        str, Option("identity", "identity keeps the function of pretrained weights, paper is for training anew.", INITS)
-    ]
-    dynamic: Annotated[
-        bool, Option(True, "Whether the mappings depend on the token; if not, they are biases.", flags=("--static",))
-    ]
-    residual_logit: Annotated[
-        float, Option(4.0, "How strongly mixing leans towards the identity at first, with init identity.")
-    ]
-    eps: Annotated[float, Option(EPS, "Added to the mean square in the norm of the hyper-connections.")]
-    sinkhorn_iterations: Annotated[
-        int, Option(SINKHORN_ITERATIONS, "How often variant mhc normalises rows and columns.")
-    ]
-
-
-class StreamKeywords(BranchKeywords, total=False):
-    """All options of hyper-connections, as keyword arguments."""
-
-    num_streams: Annotated[int, Option(4, "Number n of residual streams; 1 is the plain model.", flags=("-n",))]
-    readout: Annotated[
-        str, Option("mean", "How the streams are joined; norm_sum follows the final norm.", tuple(READOUTS))
-    ]
-    stream_embedding: Annotated[
-        bool, Option(False, "Whether each stream gets a learned embedding where it is made, zero at first.")
-    ]
-    layers: Annotated[
-        Ends | str | None,
-        Option(None, "Decoder layers with streams, a slice such as 8:12 or -4:; by default all.", read=read_ends),
-    ]
-
-
-# Functions take these by position as well.
-POSITIONAL = ("num_streams", "variant")
-
-
-def _options_of(keywords: type) -> dict[str, Option]:
-    parts = {name: get_args(hint) for name, hint in get_type_hints(keywords, include_extras=True).items()}
-    ordered = dict.fromkeys((*(name for name in POSITIONAL if name in parts), *parts))
-    return {name: parts[name][1]._replace(kind=parts[name][0]) for name in ordered}
-
-
-BRANCH_OPTIONS = _options_of(BranchKeywords)
-OPTIONS = _options_of(StreamKeywords)
 
 
 def documented(text: str | None, options: Mapping[str, Option]) -> str | None:
@@ -108,11 +42,6 @@ def documented(text: str | None, options: Mapping[str, Option]) -> str | None:
         else:
             lines.append(line)
     return "\n".join(lines) if text else text
-
-
-def described_option(option: Option) -> str:
-    """What an option does, and the names that it may have."""
-    return f"{option.help} One of {', '.join(option.choices)}." if option.choices else option.help
 
 
 def with_option_fields(cls: type) -> type:
@@ -149,9 +78,8 @@ class StreamOptions:
         def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
-        for name, option in OPTIONS.items():
-            if option.choices and getattr(self, name) not in option.choices:
-                raise ValueError(f"{name} must be one of {', '.join(option.choices)}; got {getattr(self, name)!r}.")
+        for name in OPTIONS:
+            check_choice(name, getattr(self, name))
         self.mixing()
         for name, option in OPTIONS.items():
             value, default = getattr(self, name), f"The default is {option.default!r}."
@@ -250,7 +178,7 @@ def show_options(keywords: type) -> Callable[[Decorated], Decorated]:
 
     Where the function takes anything by position too (`*positional`), the first options can be given that way.
     """
-    options = _options_of(keywords)
+    options = options_of(keywords)
 
     def decorate(function: Decorated) -> Decorated:
         shown: Any = function

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .mixing import snapped_sum
-from .stream_module import EPS, INITIAL_ALPHA, StreamModule, new_parameter
+from .option_table import EPS
+from .stream_module import INITIAL_ALPHA, StreamModule, new_parameter
 
 
 def expand(hidden_states: Tensor, num_streams: int) -> Tensor:

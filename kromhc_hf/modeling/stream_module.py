@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 
 
-# Added to mean squares.
-EPS = 1e-6
 # In front of what is predicted from the streams; a zero next to a zero weight would never train.
 INITIAL_ALPHA = 0.01
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixing import SINKHORN_ITERATIONS, DenseMixing, Mixing, uneven_weights, widest_dtype
+from .mixing import DenseMixing, Mixing, uneven_weights, widest_dtype
+from .option_table import SINKHORN_ITERATIONS
 from .variants_permutations import CirculantMixing, KromHCMixing, MHCLiteMixing
 from .variants_rotations import GoMHCMixing, OrthogonalMixing
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixing import SINKHORN_ITERATIONS, DenseMixing, Mixing, widest_dtype
+from .mixing import DenseMixing, Mixing, widest_dtype
+from .option_table import SINKHORN_ITERATIONS
 
 
 # The largest factor of KromHC and the most streams of mHC-lite: both learn a logit for every permutation.

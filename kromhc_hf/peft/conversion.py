@@ -20,8 +20,8 @@ from ..conversion.files import ADAPTER_CONFIG, ADAPTER_TYPE, CARD, read_json
 from ..conversion.loaded_base import auto_class_of, find_base
 from ..conversion.stored_model import StoredModel
 from ..inspection.recording import branches
-from ..modeling.configuration_kromhc import PREFIX
 from ..modeling.model_card import model_card
+from ..modeling.model_types import PREFIX
 from ..training import hyper_connection_state_dict, load_hyper_connection_state_dict
 from .config import KromHCPeftConfig
 from .layer import TENSOR_PREFIX, StreamSite

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..quiet import quiet
 from . import training
 from .arm import Arm
 from .data import load_corpus
@@ -113,14 +114,6 @@ def _start_worker(news: Any) -> None:
 
 def _work(arm: Arm, name: str, seed: int, folder: Path, shared: Path, device: str) -> None:
     train_and_save(arm, name, seed, folder, shared, device, _news.put)
-
-
-def quiet() -> None:
-    """Keeps transformers from drawing progress bars of its own into ours."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _drain(news: Any, handle: Callable[[News], None]) -> None:

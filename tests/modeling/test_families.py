@@ -34,8 +34,8 @@ from kromhc_hf.families_table import (
     write_families,
 )
 from kromhc_hf.modeling.families import COMPOSITE, INSIDE, REFUSED, ROWS, SUPPORTED
-from kromhc_hf.modeling.host import NEWEST, release
 from kromhc_hf.modeling.layer_spec import layer_kinds
+from kromhc_hf.modeling.releases import NEWEST, release
 
 
 ROOT = Path(__file__).resolve().parents[2]

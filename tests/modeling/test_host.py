@@ -13,7 +13,7 @@ from support.tiny import configurations, make_model, separate_streams, token_ids
 from torch import nn
 
 from kromhc_hf import KromHCConfig, apply_hyper_connections, has_hyper_connections, supported_model_types
-from kromhc_hf.modeling import configuration_kromhc, host, modeling_kromhc
+from kromhc_hf.modeling import configuration_kromhc, host, modeling_kromhc, releases
 from kromhc_hf.modeling.families import SUPPORTED
 from kromhc_hf.modeling.host import CACHE_NAMES, forward_parameters
 
@@ -133,7 +133,7 @@ def test_a_newer_release_gets_one_warning():
 def test_the_installed_release_gets_none():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        host.warn_if_untested()
+        releases.warn_if_untested()
 
 
 @pytest.mark.parametrize("resolved", ["a" * 40, None])

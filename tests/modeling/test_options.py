@@ -22,7 +22,10 @@ from kromhc_hf import (
     convert_checkpoint,
     count_parameters,
 )
+from kromhc_hf.modeling.families import COMPOSITE, REFUSED, ROWS
 from kromhc_hf.modeling.options import BRANCH_OPTIONS, OPTIONS, StreamOptions, described_option
+from kromhc_hf.modeling.releases import _mappings_file, has_family
+from kromhc_hf.modeling.stream_ends import READOUTS
 from kromhc_hf.modeling.variants import VARIANTS
 
 
@@ -211,7 +214,7 @@ print(json.dumps(found))
 def test_a_new_option_is_one_field(tmp_path):
     """A copy of the package with one more field, and no other change: the option is everywhere."""
     shutil.copytree(PROJECT / "kromhc_hf", tmp_path / "kromhc_hf", ignore=shutil.ignore_patterns("__pycache__"))
-    file = tmp_path / "kromhc_hf/modeling/options.py"
+    file = tmp_path / "kromhc_hf/modeling/option_table.py"
     text, field = file.read_text(), "    stream_embedding: Annotated["
     assert text.count(field) == 1
     file.write_text(text.replace(field, f'    throwaway: Annotated[float, Option(0.5, "For a test.")]\n{field}'))
@@ -234,3 +237,17 @@ def test_a_new_option_is_one_field(tmp_path):
     assert "For a test." in run("-m", "kromhc_hf.cli", "convert", "--help")
     run("-m", "kromhc_hf.cli", "convert", "base", "out", "--no-verify", "--throwaway", "0.25")
     assert json.loads((tmp_path / "out/config.json").read_text())["hc_throwaway"] == 0.25
+
+
+def test_names_that_options_may_have_are_those_that_there_are():
+    assert OPTIONS["variant"].choices == tuple(VARIANTS)
+    assert OPTIONS["readout"].choices == tuple(READOUTS)
+
+
+def test_model_types_are_those_of_the_auto_classes():
+    """The table of model types is read without the module that holds it, whose import takes torch along."""
+    from transformers.models.auto import configuration_auto
+
+    for model_type in (*ROWS, *COMPOSITE, *REFUSED):
+        assert has_family(model_type) == (model_type in configuration_auto.CONFIG_MAPPING_NAMES), model_type
+        assert (model_type in _mappings_file()["CONFIG_MAPPING_NAMES"]) == has_family(model_type), model_type

@@ -24,7 +24,7 @@ NAMES = {
     "_can_record_outputs": (MODEL, {"modeling/host.py"}),
     "_can_set_attn_implementation": (MODEL, {"modeling/modeling_kromhc.py"}),
     "_can_set_experts_implementation": (MODEL, {"modeling/modeling_kromhc.py"}),
-    "_extra_content": (transformers.AutoModel._model_mapping, {"modeling/host.py"}),
+    "_extra_content": (transformers.AutoModel._model_mapping, {"modeling/host.py", "registration.py"}),
     "_get_dtype_plan": (MODEL, {"conversion/layerwise.py"}),
     "_init_weights": (MODEL, {"modeling/modeling_kromhc.py"}),
     "_initialize_missing_keys": (MODEL, {"conversion/layerwise.py"}),

@@ -1,0 +1,78 @@
+"""Importing the package imports neither torch nor a family, and what it registers is there when it is asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(code: str) -> str:
+    """What a process of its own prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+HEAVY = "print(*(name for name in ('torch', 'transformers.modeling_utils', 'peft', 'trl') if name in sys.modules))"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import kromhc_hf",
+        "import kromhc_hf; dir(kromhc_hf); kromhc_hf.supported_model_types()",
+        "import kromhc_hf.rows",
+        "import kromhc_hf.cli",
+        *(
+            "from typer.testing import CliRunner; from kromhc_hf.cli import app;"
+            f"r = CliRunner().invoke(app, {words}); assert r.exit_code == {exit_code}, r.output"
+            for words, exit_code in (
+                (["--help"], 0),
+                (["convert", "--help"], 0),
+                (["families"], 0),
+                (["families", "llama"], 0),
+                (["convert"], 2),
+                (["convert", "a", "b", "--variant", "mch"], 2),
+                (["no-command"], 2),
+            )
+        ),
+    ],
+)
+def test_neither_torch_nor_a_family_is_imported(code):
+    assert run(f"import sys; {code}; {HEAVY}").strip() == ""
+
+
+# The tables of transformers may be there before the package or after it.
+@pytest.mark.parametrize("first", ["kromhc_hf", "transformers.models.auto.modeling_auto"])
+def test_families_are_registered_whichever_comes_first(first):
+    code = (
+        f"import {first}, kromhc_hf, copy, pickle; from kromhc_hf import KromHCConfig;"
+        "from transformers import AutoConfig, AutoModelForCausalLM, CONFIG_MAPPING, LlamaConfig;"
+        "kinds = (CONFIG_MAPPING, copy.deepcopy(CONFIG_MAPPING), pickle.loads(pickle.dumps(CONFIG_MAPPING)));"
+        "print(all(kind['kromhc_llama'] is KromHCConfig for kind in kinds),"
+        "all(isinstance(value, type) for value in CONFIG_MAPPING.values()),"
+        "all(isinstance(value, type) for _, value in CONFIG_MAPPING.items()));"
+        "sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9);"
+        "config = KromHCConfig(backbone_config=LlamaConfig(**sizes));"
+        "print(type(AutoModelForCausalLM.from_config(config)).__name__)"
+    )
+    assert run(code).split() == ["True", "True", "True", "KromHCLlamaForCausalLM"]
+
+
+def test_other_registrations_stay_beside_ours():
+    code = (
+        "from transformers import AutoConfig, PreTrainedConfig;"
+        "Own = type('Own', (PreTrainedConfig,), {'model_type': 'own_kind'}); AutoConfig.register('own_kind', Own);"
+        "import kromhc_hf; Other = type('Other', (PreTrainedConfig,), {'model_type': 'other_kind'});"
+        "AutoConfig.register('other_kind', Other);"
+        "print(*(type(AutoConfig.for_model(name)).__name__ for name in ('own_kind', 'other_kind')))"
+    )
+    assert run(code).split() == ["Own", "Other"]
+
+
+def test_commands_say_nothing_of_other_packages(tmp_path):
+    words = ["-m", "kromhc_hf.cli", "verify", str(tmp_path), str(tmp_path)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
