@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from .host import CACHE_NAMES, cache_name, forward_defaults, forward_parameters
 from .hyper_connection import HyperConnection
 from .layer_returns import Returned, returned_beside, returned_values
-from .layer_spec import LayerSpec, Step, Sublayer, attribute
+from .layer_spec import END_NAMES, LayerSpec, Step, Sublayer, attribute
 from .options import StreamOptions
 from .stream_ends import READOUTS, StreamExpansion, StreamReadout, expand
 from .stream_module import StreamModule
 
 
-# Beside the hyper-connections, where the streams begin and end in a learned way: on the first and on the last layer.
-END_NAMES = ("expand_hc", "readout_hc")
 # What arrangement.py sets.
 PLACE_NAMES = ("hc_config", "hc_layer_index", "hc_first_layer", "hc_last_layer")
 

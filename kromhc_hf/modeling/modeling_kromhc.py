@@ -68,7 +68,7 @@ from .stream_module import StreamModule
 # What the files above import. Early releases (5.6) take along, from a folder, what this one names and nothing else.
 if TYPE_CHECKING:
     from .composite import replace_config  # noqa: F401
-    from .decoder_layer import END_NAMES  # noqa: F401
+    from .decoder_layer import PLACE_NAMES  # noqa: F401
     from .families import ATTENTION  # noqa: F401
     from .foreign_code import CODE_FIELDS  # noqa: F401
     from .hyper_connection import Mappings  # noqa: F401

@@ -11,7 +11,6 @@ from transformers.modeling_utils import PreTrainedModel
 from ..modeling.arrangement import arrange, connected_layer
 from ..modeling.connection_plan import Decoder
 from ..modeling.decoder_layer import (
-    END_NAMES,
     PLACE_NAMES,
     HyperConnectedLayer,
     Interface,
@@ -21,7 +20,7 @@ from ..modeling.decoder_layer import (
 from ..modeling.host import record_outputs_of
 from ..modeling.hyper_connection import Mappings
 from ..modeling.layer_loop import methods_for_streams
-from ..modeling.layer_spec import LayerSpec, attribute
+from ..modeling.layer_spec import END_NAMES, LayerSpec, attribute
 from ..modeling.model_forward import with_readout
 from ..modeling.options import StreamOptions
 from ..modeling.stream_module import StreamModule

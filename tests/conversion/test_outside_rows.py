@@ -62,7 +62,7 @@ ATTENTION, FEED_FORWARD = Sublayer("attention", "first_norm", attention=True), S
     [
         (
             "amber",
-            LayerSpec((Step("a", (FEED_FORWARD,)), Step("b", (ATTENTION,)))),
+            LayerSpec((Step("a_hc", (FEED_FORWARD,)), Step("b_hc", (ATTENTION,)))),
             r"says attention\(first_norm\(x\)\); f",
         ),
         (
@@ -88,7 +88,7 @@ ATTENTION, FEED_FORWARD = Sublayer("attention", "first_norm", attention=True), S
             block(Sublayer("attn", "ln", scale="fc_scale"), Sublayer("fc", "ln", scale="attn_scale"), layers="blocks"),
             r"says, fc_scale \* attn.* says attn_scale \* attn",
         ),
-        ("cinder", LayerSpec((*CINDER.steps, replace(CINDER.steps[1], name="again"))), r"mlp.*; mlp.* says attn"),
+        ("cinder", LayerSpec((*CINDER.steps, replace(CINDER.steps[1], name="again_hc"))), r"mlp.*; mlp.* says attn"),
     ],
 )
 def test_a_row_that_fits_and_says_something_else_is_refused(name, row, message, repositories, tmp_path):
