@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor clients deepspeed outside derived clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor clients deepspeed outside derived quantised release clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -93,5 +93,22 @@ outside: .venv-outside/.ready
 derived: $(READY)
 	$(BIN)/python tests/hosts/derived.py
 
+# Bases of every quantisation that transformers knows, as far as a CPU goes. pip builds one of the packages against torch.
+quantised: .venv-quantised/.ready
+	.venv-quantised/bin/python tests/quantised/run.py --write docs/quantised-bases.md
+
+.venv-quantised/.ready: pyproject.toml constraints.txt tests/quantised/packages.txt
+	$(PYTHON) -m venv .venv-quantised
+	.venv-quantised/bin/pip install --constraint constraints.txt --editable ".[peft]" \
+		accelerate bitsandbytes torchao setuptools wheel
+	BUILD_CUDA_EXT=0 .venv-quantised/bin/pip install --no-deps --no-build-isolation --requirement tests/quantised/packages.txt
+	@touch $@
+
+# Wheel and source distribution in dist, checked as a package index would.
+release: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) .venv-floor .venv-outside .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-floor .venv-outside .venv-quantised .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

@@ -287,19 +287,28 @@ def compare(
 @app.command()
 def demo(
     directory: Annotated[Path, typer.Option("--output", help="Folder for the results.")] = Path("demo-output"),
-    steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 60,
 ) -> None:
-    """Convert, verify, fine-tune, save and reload a tiny model that comes with the package."""
+    """See it work in a minute: a tiny model converted, trained beside its base, undone; one page to open."""
     from .demo import run_demo
 
     report = run_demo(directory, steps=steps, console=messages)
     output.print(_table(report.conversion))
-    output.print(f"held-out loss before {report.loss_before:.3f}, after {report.loss_after:.3f} nats per token")
-    output.print(f"after saving and loading again: {report.loss_reloaded:.3f}")
-    output.print(f"\nbefore: {report.text_before}\n\nafter:  {report.text_after}\n", markup=False)
-    output.print(f"picture of the mixing matrices: {report.picture}", soft_wrap=True)
-    output.print(f"fine-tuned model: {report.model}", soft_wrap=True)
-    if not report.conversion.passed:
+    plain, streams = report.without_streams, report.with_streams
+    output.print(f"held-out loss, nats per token: {plain.losses[0]:.3f} before any training")
+    output.print(
+        f"after {steps} steps without streams {plain.losses[-1]:.3f}, with four streams {streams.losses[-1]:.3f}"
+    )
+    output.print(f"the trained model saved and loaded again: {report.loss_reloaded:.3f}")
+    output.print(f"undone, the base is back bit for bit: {'yes' if report.undone else 'NO'}")
+    output.print(f"\nOpen {report.page} in a browser. What to try next:\n", soft_wrap=True)
+    for command in (
+        f"kromhc inspect {report.tuned} --before {report.converted} --output {directory / 'report'}",
+        f"kromhc convert YOUR-CHECKPOINT {directory / 'mine'} --num-streams 4",
+        f"kromhc compare YOUR-CHECKPOINT YOUR-TEXT.txt --output {directory / 'comparison'}",
+    ):
+        output.print(f"    {command}", soft_wrap=True, highlight=False)
+    if not report.conversion.passed or not report.undone:
         raise typer.Exit(1)
 
 
@@ -336,6 +345,36 @@ def families(
         for row in part:
             table.add_row(row.model_type, escape(row.description), *([row.exactness] if supported else []))
         output.print(table)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a model, to tell about it too.")] = None,
+    family: Family = None,
+    trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what is installed, which kernel would run and why, and how the tools that are there are used."""
+    from .doctor import diagnosis
+
+    run_family_file(family)
+    found = diagnosis(model, trust_remote_code)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(show_header=False, box=SIMPLE, padding=(0, 1, 0, 0))
+    for name, value in found["versions"].items():
+        note = f" ({found['transformers']})" if name == "transformers" else ""
+        table.add_row(name, "not installed" if value is None else escape(f"{value}{note}"))
+    kernel = found["kernel"]
+    table.add_row("kernel", escape(f"{kernel['runs']} on {kernel['device']}: {kernel['why']}"))
+    for tool in found["tools"]:
+        table.add_row(escape(f"{tool['tool']} {tool['installed']}"), escape(f"{tool['outcome']}. {tool['use']}"))
+    if "model" in found:
+        row = found["model"]
+        support = f"supported, {row['exactness']}: " if row["supported"] else "refused: "
+        table.add_row(escape(f"model type {row['model_type']}"), escape(support + row["description"]))
+    output.print(table)
 
 
 def _print_inspection(inspection: "Inspection") -> None:

@@ -1,6 +1,7 @@
-"""The whole way on a tiny model that comes with the package: convert, verify, generate, fine-tune, save, reload."""
+"""What the package is for, on a tiny model that comes with it: converted, trained beside its base, undone, shown."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .applying import remove_hyper_connections
 from .conversion.convert import convert_checkpoint
-from .conversion.report import ConversionReport
-from .inspection.plots import plot_mixing, require_matplotlib
-from .inspection.recording import record_mappings
+from .demo_page import Curve, DemoReport, write_demo_page
+from .inspection.plots import require_matplotlib
+from .inspection.recording import BranchRecord, record_mappings
 from .training import optimizer_param_groups
 
 
@@ -21,30 +23,16 @@ DATA = Path(__file__).parent / "demo_data"
 MODEL = DATA / "gpt2-tinystories-1M"
 TEXT = DATA / "tinyshakespeare.txt"
 HELD_OUT_SHARE = 0.1
-CONTEXT, BATCH = 128, 8
-LEARNING_RATE, HYPER_CONNECTION_LEARNING_RATE = 1e-3, 3e-3
+CONTEXT, BATCH, EVALUATIONS = 128, 8, 6
+LEARNING_RATE, HYPER_CONNECTION_LEARNING_RATE = 3e-4, 1e-2
 PROMPT = "Once upon a time"
 
 
-@dataclass(frozen=True)
-class DemoReport:
-    """What the demo measured: losses in nats per token on held-out text, and where its results are."""
-
-    conversion: ConversionReport
-    loss_before: float
-    loss_after: float
-    loss_reloaded: float
-    text_before: str
-    text_after: str
-    picture: Path
-    model: Path
-
-
 def run_demo(directory: Path, *, steps: int, console: Console) -> DemoReport:
-    """Converts the embedded model to four streams, fine-tunes it on the embedded text and saves it.
+    """Converts the embedded model to four streams, trains it and its base on the embedded text, and undoes it.
 
     Args:
-        directory: folder for `converted/`, `fine-tuned/` and `mixing.png`; must not exist or be empty.
+        directory: folder for `converted/`, `fine-tuned/` and `demo.html`; must not exist or be empty.
         steps: optimiser steps of 8 x 128 tokens.
         console: where progress is shown.
 
@@ -55,25 +43,41 @@ def run_demo(directory: Path, *, steps: int, console: Console) -> DemoReport:
     require_matplotlib()
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"output must be a new or empty folder; {directory} is not empty. Remove it first.")
-    converted, tuned, picture = directory / "converted", directory / "fine-tuned", directory / "mixing.png"
-    with console.status("converting and verifying"):
+    converted, tuned, page = directory / "converted", directory / "fine-tuned", directory / "demo.html"
+    with console.status("converting to four streams, and comparing with the base"):
         report = convert_checkpoint(MODEL, converted, num_streams=4, verify=True)
     tokenizer = AutoTokenizer.from_pretrained(converted)
     # fp32, since updates of a small learning rate would vanish in bf16 weights.
-    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
+    base, model = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (MODEL, converted))
+    undone = _undone_is_base(converted)
     train, held_out = _windows(tokenizer)
-    text_before, loss_before = _continue(model, tokenizer), _loss(model, held_out)
-    _fine_tune(model, train, steps, console)
-    text_after, loss_after = _continue(model, tokenizer), _loss(model, held_out)
+    text_before, before = _continue(model, tokenizer), _record(model, held_out)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        def fine_tune(trained: Any, name: str) -> Curve:
+            bar = progress.add_task(name, total=steps)
+            return _fine_tune(trained, train, held_out, steps, lambda: progress.advance(bar))
+
+        plain, streams = fine_tune(base, "training without streams"), fine_tune(model, "the same with four streams")
+    text_after = _continue(model, tokenizer)
     model.save_pretrained(tuned)
     tokenizer.save_pretrained(tuned)
     reloaded = AutoModelForCausalLM.from_pretrained(tuned)
-    with record_mappings(reloaded) as records, torch.no_grad():
-        reloaded(held_out[:1])
-    plot_mixing(records, picture)
-    return DemoReport(
-        report, loss_before, loss_after, _loss(reloaded, held_out), text_before, text_after, picture, tuned
+    found = DemoReport(
+        report, plain, streams, _loss(reloaded, held_out), undone, text_before, text_after, page, converted, tuned
     )
+    write_demo_page(page, found, before, _record(reloaded, held_out), asdict(report))
+    return found
+
+
+def _undone_is_base(converted: Path) -> bool:
+    """Whether a converted model without its hyper-connections is the base: its class, every tensor, every name."""
+    base, model = (AutoModelForCausalLM.from_pretrained(path) for path in (MODEL, converted))
+    model = remove_hyper_connections(model)
+    tensors, expected = model.state_dict(), base.state_dict()
+    same = tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    return type(model) is type(base) and same
 
 
 def _windows(tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -82,14 +86,21 @@ def _windows(tokenizer: Any) -> tuple[Tensor, Tensor]:
     cut = int(len(text) * (1 - HELD_OUT_SHARE))
     parts = (torch.tensor(tokenizer(part, verbose=False)["input_ids"]) for part in (text[:cut], text[cut:]))
     train, held_out = (part[: len(part) // CONTEXT * CONTEXT].view(-1, CONTEXT) for part in parts)
-    return train, held_out
+    return train, held_out[:: max(1, len(held_out) // 64)]
 
 
 @torch.no_grad()
 def _loss(model: Any, windows: Tensor) -> float:
     model.eval()
-    losses = [model(rows, labels=rows).loss * len(rows) for rows in windows.split(BATCH)]
+    losses = [model(rows, labels=rows).loss * len(rows) for rows in windows.split(2 * BATCH)]
     return (sum(losses) / len(windows)).item()
+
+
+@torch.no_grad()
+def _record(model: Any, windows: Tensor) -> dict[str, BranchRecord]:
+    with record_mappings(model.eval()) as records:
+        model(windows[:1])
+    return records
 
 
 def _continue(model: Any, tokenizer: Any) -> str:
@@ -98,18 +109,31 @@ def _continue(model: Any, tokenizer: Any) -> str:
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def _fine_tune(model: Any, windows: Tensor, steps: int, console: Console) -> None:
-    optimizer = torch.optim.AdamW(optimizer_param_groups(model, LEARNING_RATE, HYPER_CONNECTION_LEARNING_RATE))
+def _fine_tune(model: Any, windows: Tensor, held_out: Tensor, steps: int, advance: Callable[[], None]) -> Curve:
+    """Trains on batches that are the same for every model."""
+    curve = Curve([0], [_loss(model, held_out)])
+    evaluated = {round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+    optimizer, batches = _optimizer(model), _batches(windows)
+    for step in range(1, steps + 1):
+        rows = next(batches)
+        model.train()(rows, labels=rows).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        advance()
+        if step in evaluated:
+            curve.steps.append(step)
+            curve.losses.append(_loss(model, held_out))
+    return curve
+
+
+def _batches(windows: Tensor) -> Iterator[Tensor]:
     order = torch.Generator().manual_seed(0)
-    model.train()
-    columns = (TextColumn("fine-tuning"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=steps)
-        for _ in range(steps):
-            rows = windows[torch.randint(len(windows), (BATCH,), generator=order)]
-            loss = model(rows, labels=rows).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.update(bar, advance=1, description=f"loss {loss.item():.3f}")
+    while True:
+        yield windows[torch.randint(len(windows), (BATCH,), generator=order)]
+
+
+def _optimizer(model: Any) -> torch.optim.Optimizer:
+    if not hasattr(model.config, "hc_num_streams"):
+        return torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
+    return torch.optim.AdamW(optimizer_param_groups(model, LEARNING_RATE, HYPER_CONNECTION_LEARNING_RATE))

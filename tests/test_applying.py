@@ -30,6 +30,7 @@ def snapshot(model: nn.Module) -> dict:
         "config object": id(model.config),
         "no split": set(model._no_split_modules),
         "fp32": set(model._keep_in_fp32_modules_strict),
+        "not quantised": set(model._keep_in_fp32_modules),
     }
 
 

@@ -174,17 +174,19 @@ def test_demo(kromhc, tmp_path):
     code, out, _ = kromhc("demo", "--output", tmp_path / "demo", "--steps", 3)
     assert code == 0
     assert "bitwise equal" in out
-    picture = tmp_path / "demo/mixing.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert str(picture) in out
-    losses = [
-        float(word.rstrip(","))
-        for word in out.replace("\n", " ").split()
-        if word.rstrip(",").count(".") == 1 and word.rstrip(",").replace(".", "").isdigit()
-    ]
-    before, after, reloaded = losses[-3:]
-    assert after < before
-    assert after == reloaded
+    assert "undone, the base is back bit for bit: yes" in out
+    page = (tmp_path / "demo/demo.html").read_text(encoding="utf-8")
+    numbers = json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])
+    plain, streams = numbers["without_streams"], numbers["with_streams"]
+    assert plain["steps"] == streams["steps"] == [0, 1, 2, 3]
+    # Equal to the bit before the training, and each of them better after it.
+    assert plain["losses"][0] == streams["losses"][0]
+    assert all(curve["losses"][-1] < curve["losses"][0] for curve in (plain, streams))
+    assert f"loaded again: {streams['losses'][-1]:.3f}" in out
+    assert page.count("<svg") == 1 + 2 * (1 + 8)
+    # The commands to try next name what is there.
+    code, _, _ = kromhc(*out.partition("    kromhc ")[2].partition("\n")[0].split(), "--max-tokens", 8)
+    assert code == 0
     code, _, err = kromhc("demo", "--output", tmp_path / "demo")
     assert code == 2
     assert "demo is not empty. Remove it first." in err

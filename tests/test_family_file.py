@@ -1,8 +1,10 @@
 """Rows in TOML files: the same words as in Python, and nothing else."""
 
 import json
+import re
 import sys
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
 from support.outside import AMBER, BASALT
@@ -13,6 +15,7 @@ from kromhc_hf.modeling.layer_spec import layer_kinds
 from kromhc_hf.modeling.outside_families import REGISTERED, OutsideFamily
 
 
+PAGE = Path(__file__).parents[1] / "docs/how-to/outside-families.md"
 needs_tomllib = pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
 
 
@@ -50,6 +53,12 @@ layers = "blocks"
 @needs_tomllib
 def test_the_words_are_those_of_python(register):
     assert register(TWO_KINDS) == OutsideFamily("both", (AMBER, BASALT))
+
+
+@needs_tomllib
+def test_the_example_of_the_page_is_a_row(register):
+    (example,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert register(example) == OutsideFamily("amber", AMBER, "AmberLayer")
 
 
 def spelled(value) -> str:

@@ -1,13 +1,20 @@
 """Weight-only quantisation: the backbone's matrices shrink, hyper-connections stay in fp32, the result reloads."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from quantised.check import CHECKS, checked
+from quantised.schemes import SCHEMES as STORED
+from quantised.schemes import Scheme, packed, replaced
+from support.composite import composite_configuration
 from support.runs import retrofitted
 from support.tiny import configurations, make_model, token_ids
-from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
+from transformers.integrations.awq import AWQ_SCALES_MAPPINGS
 
-from kromhc_hf import hyper_connection_state_dict
+from kromhc_hf import KromHCConfig, convert_checkpoint, hyper_connection_state_dict, verify_conversion
 
 
 SCHEMES = [
@@ -63,3 +70,54 @@ def test_hyper_connections_train_on_a_quantised_backbone(tmp_path, scheme):
     assert len(trainable) == 3 * 2 * 3
     assert all(parameter.grad.dtype is torch.float32 and parameter.grad.isfinite().all() for parameter in trainable)
     assert sum(parameter.grad.abs().max() > 0 for parameter in trainable) >= 3 * 2
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8", "fp8"])
+def test_a_stored_base_goes_the_whole_way(name, tmp_path):
+    """What `make quantised` checks of every method, for those whose packages are here."""
+    for check, outcome in checked(STORED[name], tmp_path).items():
+        assert outcome.passed or outcome.native, (check, outcome.reason)
+    assert set(CHECKS) >= {"files", "layers", "training"}
+
+
+def test_a_base_that_cannot_run_here_is_converted_and_not_verified(tmp_path):
+    scheme = Scheme("fbgemm_fp8", replaced({"quant_method": "fbgemm_fp8"}, packed("weight", "weight_scale")))
+    outcomes = checked(scheme, tmp_path)
+    assert outcomes["files"].passed
+    assert outcomes["logits"].native
+    with pytest.raises(ValueError, match=r"quantised \(fbgemm_fp8\), which does not run here: .* GPU.* Converting it"):
+        verify_conversion(tmp_path / "base", tmp_path / "out")
+
+
+@pytest.mark.parametrize("pattern", [r"re:model\.layers\..*", r"re:.*weight", r"re:.*(attn|readout).*"])
+def test_no_pattern_of_a_user_quantises_hyper_connections(pattern, tmp_path):
+    full = retrofitted(readout="softmax")
+    full.save_pretrained(tmp_path)
+    options = TorchAoConfig(FqnToConfig(OrderedDict({pattern: Int8WeightOnlyConfig()})))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options)
+    assert is_quantized(model.model.layers[0].self_attn.q_proj)
+    for name, tensor in hyper_connection_state_dict(model).items():
+        assert type(tensor) is torch.Tensor, name
+        assert torch.equal(tensor, hyper_connection_state_dict(full)[name])
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "gpt_neox", "starcoder2"])
+def test_awq_scales_the_activations_that_it_scales_in_the_base(model_type):
+    """Where it does goes by the model type."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(KromHCConfig(backbone_config=configurations(model_type)[0]))
+    assert AWQ_SCALES_MAPPINGS[model.config.model_type] == AWQ_SCALES_MAPPINGS[model_type]
+
+
+def test_a_base_of_text_and_images(tmp_path):
+    torch.manual_seed(0)
+    config = composite_configuration("llava")
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "full")
+    options = TorchAoConfig(Int8WeightOnlyConfig())
+    small = AutoModelForImageTextToText.from_pretrained(tmp_path / "full", quantization_config=options)
+    small.save_pretrained(tmp_path / "base")
+    convert_checkpoint(tmp_path / "base", tmp_path / "out")
+    for layers in (None, "all"):
+        report = verify_conversion(tmp_path / "base", tmp_path / "out", layers=layers, max_tokens=16, new_tokens=2)
+        assert report.bitwise_equal
+        assert report.image

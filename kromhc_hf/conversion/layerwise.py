@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
@@ -19,8 +19,9 @@ from ..modeling.decoder_layer import HyperConnectedLayer
 from ..modeling.host import forward_defaults, forward_parameters, load_tensors
 from ..modeling.layer_returns import returned_beside, returned_values
 from ..modeling.stream_ends import expand, mean_of_streams
+from .quantised import Blank, layer_quantizer, prepare
 from .stored_model import StoredModel, head_output
-from .stored_tensors import check_tensors, places_in_model, quantization_of
+from .stored_tensors import check_tensors, places_in_model
 
 
 class LayerwiseModel:
@@ -31,33 +32,35 @@ class LayerwiseModel:
         dtype: of the model; "auto" for the one it is stored in.
 
     Raises:
-        ValueError: if the checkpoint is damaged, incomplete or quantised, or its family is not supported.
+        ValueError: if the checkpoint is damaged, incomplete, quantised by a method that needs the whole model, or its
+            family is not supported.
     """
 
     def __init__(self, source: StoredModel | str | os.PathLike[str], dtype: torch.dtype | str = "auto"):
         stored = source if isinstance(source, StoredModel) else StoredModel.open(source)
-        if (method := quantization_of(stored.config)) is not None:
-            raise ValueError(
-                f"layers can be run one at a time where weights are stored as numbers; those of {stored.folder} are "
-                f"quantised ({method}), and the whole model is what unpacks them. Verify it in one piece: leave layers "
-                "out (kromhc verify without --layerwise)."
-            )
+        quantizer = layer_quantizer(stored.config, stored.folder)
         self.source = stored.tensors()
         chosen = self.source.dtype(stored.config) if dtype == "auto" else dtype
         self.dtype: torch.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
         self.model = stored.skeleton(self.dtype)
         decoder, self.specs = present_plan(find_decoder(self.model))
         self.layers = decoder.layers
-        conversions: Any = get_model_conversion_mapping(self.model)
+        if quantizer is not None:
+            prepare(self.model, quantizer, self.dtype, self.source)
+        conversions: Any = get_model_conversion_mapping(self.model, hf_quantizer=quantizer)
         dtype_plan = self.model._get_dtype_plan(self.dtype)
-        self.loading = LoadStateDictConfig(dtype=self.dtype, dtype_plan=dtype_plan, weight_mapping=conversions)
+        self.loading = LoadStateDictConfig(
+            dtype=self.dtype, dtype_plan=dtype_plan, hf_quantizer=quantizer, weight_mapping=conversions
+        )
         path, names = self.specs[0].layers, {name: name for name in self.source.names}
         if self.model.config.get_text_config() is not self.model.config:
             # Layers of other parts have such names as well.
             path = next(path for path, module in self.model.named_modules() if module is decoder.layers)
             names = {n: place.name for n, place in places_in_model(self.model, self.source.names).items()}
         pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
-        check_tensors(stored.skeleton(), self.source, only=pattern)
+        # The names of packed weights are the method's, and what of them is missing shows when they are loaded.
+        check_tensors(stored.skeleton(), self.source, only=pattern if quantizer is None else None)
+        self.pattern = pattern
         found = {name: pattern.search(inside) for name, inside in names.items()}
         self.names: dict[int | None, list[str]] = {}
         for name, match in found.items():
@@ -77,18 +80,20 @@ class LayerwiseModel:
             **inputs: further inputs of a model of several modalities.
         """
         states: list[Tensor] = []
+        blank: dict[Any, Blank] = {}
 
         # What a hook in front of a layer returns would be its new input.
         def fetch(position: int) -> Any:
-            def load(*_: Any) -> None:
-                self._load(self.names.get(position, []))
+            def load(layer: Any, *_: Any) -> None:
+                blank[layer] = Blank(layer)
+                self._load_layer(position)
 
             return load
 
         def record(layer: Any, _: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             states.append(mean_of_streams(hidden) if hidden.dim() == 4 else hidden)
-            _forget(layer)
+            blank.pop(layer).restore()
 
         for config in (self.model.config, self.model.config.get_text_config()):
             config.use_cache = False  # not as an argument, which some heads do not take
@@ -128,19 +133,24 @@ class LayerwiseModel:
     def _load(self, names: list[str]) -> Any:
         return load_tensors(self.model, self.source.read(names), self.loading)
 
+    def _load_layer(self, position: int) -> None:
+        info = self._load(self.names.get(position, []))
+        found = ((name, self.pattern.search(name)) for name in info.missing_keys)
+        missing = {name for name, match in found if match and int(match[1]) == position}
+        if wrong := sorted(missing | {*info.conversion_errors} | {name for name, *_ in info.mismatched_keys}):
+            raise ValueError(
+                f"a checkpoint must hold the tensors of its layers; layer {position} of {self.source.folder} lacks "
+                f"{wrong[0]}, or has it in another form. Fetch its files again."
+            )
+
     def _load_shared(self) -> None:
         """Everything outside the decoder layers, and the buffers that are in no checkpoint."""
         info = self._load(self.names.get(None, []))
-        # Layers stay without weights, which costs their initialisation nothing.
+        # Layers stay without weights, which costs their initialisation nothing; packed ones have none.
+        for tensor in self.layers.state_dict(keep_vars=True).values():
+            if not tensor.is_floating_point():
+                tensor._is_hf_initialized = True
         self.model.mark_tied_weights_as_initialized(info)
         self.model._move_missing_keys_from_meta_to_device(set(), None, None, None)
-        self.model._initialize_missing_keys(False)
+        self.model._initialize_missing_keys(self.loading.is_quantized)
         self.model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-
-
-def _forget(layer: nn.Module) -> None:
-    """Drops the parameters of a layer."""
-    for module in layer.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

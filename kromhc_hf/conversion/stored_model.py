@@ -24,7 +24,8 @@ from ..modeling.remote_code import class_name
 from .base import model_content
 from .files import resolve_source
 from .outside import bind_repository, runs_own_code
-from .stored_tensors import StoredTensors, check_tensors, quantization_of
+from .quantised import quantization_of, runnable
+from .stored_tensors import StoredTensors, check_tensors
 
 
 def family_of(config: Any) -> Any:
@@ -147,17 +148,18 @@ class StoredModel:
         """The model, with no parameter that is not in the checkpoint.
 
         Raises:
-            ValueError: naming tensors that are missing or of another shape.
+            ValueError: naming tensors that are missing or of another shape, or a quantisation that cannot run here.
         """
         self.check()
-        model, info = self.face.auto_class.from_pretrained(
-            self.folder,
-            config=self.config,
-            variant=self.weight_variant,
-            dtype=dtype,
-            trust_remote_code=self.own_code,
-            output_loading_info=True,
-        )
+        with runnable(self.config, self.folder):
+            model, info = self.face.auto_class.from_pretrained(
+                self.folder,
+                config=self.config,
+                variant=self.weight_variant,
+                dtype=dtype,
+                trust_remote_code=self.own_code,
+                output_loading_info=True,
+            )
         if info["missing_keys"]:
             raise ValueError(
                 f"a checkpoint must hold the tensors of its class, {type(model).__name__}; {self.folder}, which is "

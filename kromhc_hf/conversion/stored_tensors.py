@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..modeling.host import load_tensors, tie_missing
 from .files import find_weights, read_json
+from .quantised import quantization_of
 from .tensor_files import read_pickled
 
 
@@ -64,16 +65,6 @@ class StoredTensors:
             return config.dtype
         first = (self.read([name])[name][:] for name in self.names)
         return next((tensor.dtype for tensor in first if tensor.is_floating_point()), torch.float32)
-
-
-def quantization_of(config: Any) -> str | None:
-    """The method by which the weights of a checkpoint are quantised; None if they are stored as they are."""
-    text_config = config.get_text_config(decoder=True)
-    found = getattr(config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
-    if found is None:
-        return None
-    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-    return str(getattr(method, "value", method))
 
 
 def check_tensors(

@@ -67,8 +67,8 @@ def verify_conversion(
 
     Raises:
         ValueError: if one of the two is incomplete, `converted` cannot have been made from `base` or has no
-            hyper-connections, the text is empty, there are no such layers, or a quantised checkpoint is to be run by
-            layers.
+            hyper-connections, the text is empty, there are no such layers, or one is quantised by a method that does
+            not run here, or not by layers.
         OSError: if one of the two cannot be loaded.
     """
     # The converted one first, which may bring the row of its family along.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..conversion.sample_text import sample_tokens
 from ..conversion.stored_model import StoredModel
+from ..modeling.hyper_connection import HyperConnection
 from ..modeling.mixing import doubly_stochastic_error
 from ..modeling.options import OPTIONS
 from ..modeling.variants import make_mixing
@@ -35,6 +36,7 @@ class Inspection:
         name: what tables and pictures call the model.
         model_type: of the model.
         variant, num_streams, dynamic: of its hyper-connections.
+        kernel: what read and wrote their streams, as `repr` shows it.
         added_parameters: number of hyper-connection parameters.
         tokens: the text, `S` tokens as strings.
         records: mappings and streams by branch, `[1, S, ...]`.
@@ -45,6 +47,7 @@ class Inspection:
     variant: str
     num_streams: int
     dynamic: bool
+    kernel: str
     added_parameters: int
     tokens: tuple[str, ...]
     records: Mapping[str, BranchRecord]
@@ -96,6 +99,7 @@ class Inspection:
             "variant": self.variant,
             "num_streams": self.num_streams,
             "dynamic": self.dynamic,
+            "kernel": self.kernel,
             "added_parameters": self.added_parameters,
             "tokens": list(self.tokens),
             "total": self.total,
@@ -224,6 +228,7 @@ def inspect_model(model: Any, input_ids: Tensor, tokens: Sequence[str] | None = 
         variant=model.config.hc_variant,
         num_streams=model.config.hc_num_streams,
         dynamic=model.config.hc_dynamic,
+        kernel=", ".join(sorted({m.described_kernel() for m in model.modules() if isinstance(m, HyperConnection)})),
         added_parameters=sum(whole_shape(p).numel() for p in hyper_connection_parameters(model)),
         tokens=tuple(map(str, input_ids[0].tolist())) if tokens is None else tuple(tokens),
         records={branch: BranchRecord(*(part.cpu() for part in record)) for branch, record in records.items()},

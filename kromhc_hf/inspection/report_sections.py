@@ -1,21 +1,17 @@
 """Which pictures the report shows, in which order, and what is said about them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .inspection import Inspection, compared_sum_errors, mean_mapping, token_variation
+from .page import Picture, Section
 from .plots import DIVERGING, SEQUENTIAL, curves_figure, depth_map_figure, matrix_figure, scale_figure, token_map_figure
 from .statistics import STATISTICS, composite_gain
 from .tables import short_name
 
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHOWN_PRODUCTS = 4
 TOKENS = (
@@ -31,24 +27,6 @@ MIXING = (
     "every stream j in it. A bright diagonal means that the streams keep to themselves; off-identity mass is the "
     "share of a stream that comes from the others."
 )
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture: the layout it takes (`small`, `large`, `scale` or `scroll`), what it shows, how it is drawn."""
-
-    kind: str
-    label: str
-    draw: Callable[[], "Figure"]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A headline, a few sentences and the pictures under them."""
-
-    title: str
-    text: str
-    pictures: list[Picture]
 
 
 def sections(inspection: Inspection, before: Inspection | None = None) -> list[Section]:

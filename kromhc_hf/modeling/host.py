@@ -22,6 +22,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.integrations.awq import AWQ_SCALES_MAPPINGS
 from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, hub
@@ -182,6 +183,12 @@ def mirror_weight_conversion(key: str, new_key: str) -> None:
     conversion = get_checkpoint_conversion_mapping(key)
     if conversion is not None:
         register_checkpoint_conversion_mapping(new_key, conversion, overwrite=True)
+
+
+def mirror_activation_scales(model_type: str, new_type: str) -> None:
+    """Has AWQ scale the activations of a model type where it does so for another one, whose name it goes by."""
+    if model_type in AWQ_SCALES_MAPPINGS:
+        AWQ_SCALES_MAPPINGS[new_type] = AWQ_SCALES_MAPPINGS[model_type]
 
 
 def record_outputs_of(model: Any) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .generators import GENERATORS
 from .kernels import check_kernel, described, select_connect
 from .kernels_eager import without_autocast
 from .mixing import cast
@@ -57,11 +58,13 @@ class HyperConnection(StreamModule):
             where it cannot run), or "reference" (operations that autograd knows and nothing else: slow, and
             differentiable in every way). It can be set later, as the attribute `kernel`.
         **options: what a single hyper-connection reads of `StreamOptions`. Static mappings (`dynamic=False`) have no
-            `weight` and no `alpha`.
+            `weight` and no `alpha`; with another generator than "dense", the weight is made of factors.
 
     Raises:
         ValueError: for an option that is not allowed, such as a number of streams that the variant is not defined for.
     """
+
+    weight: nn.Parameter | None
 
     @show_options(BranchKeywords)
     def __init__(
@@ -91,7 +94,11 @@ class HyperConnection(StreamModule):
 
         dynamic = chosen.dynamic
         self.bias = parameter(sum(self.mixing.sizes))
-        self.weight = parameter(*self.mixing.weight_shape(hidden_size), wanted=dynamic)
+        self.register_parameter("weight", None)
+        self.generator = GENERATORS[chosen.generator]
+        self.weight_shapes = self.generator.shapes(self.mixing, hidden_size, chosen.generator_rank)
+        for name, shape in self.weight_shapes.items():
+            self.register_parameter(name, parameter(*shape, wanted=dynamic))
         self.alpha = parameter(3, wanted=dynamic)
         self.reset_parameters()
 
@@ -101,8 +108,14 @@ class HyperConnection(StreamModule):
             options = self.options
             bias = self.mixing.initial_bias(options["init"], self.branch_index, options["residual_logit"])
             init.copy_(self.bias, bias.to(self.bias.device))
-        if self.weight is not None and self.alpha is not None:
-            init.zeros_(self.weight)
+        if self.alpha is not None:
+            initial = self.generator.initial(self.weight_shapes, self.branch_index)
+            for name in self.weight_shapes:
+                part = self.get_parameter(name)
+                if name in initial:
+                    init.copy_(part, initial[name].to(part.device))
+                else:
+                    init.zeros_(part)
             init.constant_(self.alpha, INITIAL_ALPHA)
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -115,10 +128,13 @@ class HyperConnection(StreamModule):
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
         dtype = self._dtype(streams)
-        connect = select_connect(self.kernel, streams, dtype, self.num_streams, self.hidden_size)
-        weight, bias, alpha = (optional_cast(p, dtype) for p in (self.weight, self.bias, self.alpha))
+        connect = select_connect(
+            self.kernel, streams, dtype, self.num_streams, self.hidden_size, self.options["variant"]
+        )
+        bias, alpha = (optional_cast(p, dtype) for p in (self.bias, self.alpha))
         assert bias is not None
         with without_autocast(streams):
+            weight = self._weight(dtype)
             branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps)
 
         def write(branch_output: Tensor) -> Tensor:
@@ -134,7 +150,7 @@ class HyperConnection(StreamModule):
             one = torch.ones(*leading, 1, dtype=dtype, device=streams.device)
             return Mappings(one, one, one.unsqueeze(-1))
         assert self.bias is not None
-        with torch.autocast(streams.device.type, enabled=False):
+        with without_autocast(streams):
             projected = self._projected(streams.to(dtype))
             return Mappings(*self.mixing.mappings(*projected, self.bias, self.alpha, self.eps, leading))
 
@@ -148,14 +164,25 @@ class HyperConnection(StreamModule):
 
     def _projected(self, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The products of the features with the weight `[..., G, outputs]` and their mean squares `[..., G]`."""
-        if self.weight is None:
+        weight = self._weight(wide.dtype)
+        if weight is None:
             return None, None
-        features = wide.flatten(-2).unflatten(-1, (-1, self.weight.shape[1]))
-        return F.linear(features, self.weight.to(wide.dtype)), features.square().mean(-1)
+        features = wide.flatten(-2).unflatten(-1, (-1, weight.shape[1]))
+        return F.linear(features, weight), features.square().mean(-1)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor | None:
+        """What predicts the mappings, `[outputs, width]`; None if they are static."""
+        if self.alpha is None:
+            return None
+        parts = [cast(getattr(self, name), dtype) for name in self.weight_shapes]
+        return self.generator.weight(parts, self.mixing)
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.options["dynamic"] else "static"
-        device = torch.device("cpu") if self.bias is None else self.bias.device
-        kernel = described(self.kernel, device, self.num_streams)
         sizes = f"{self.hidden_size}, num_streams={self.num_streams}"
-        return f"{sizes}, variant={self.options['variant']!r}, {mode}, kernel={kernel}"
+        return f"{sizes}, variant={self.options['variant']!r}, {mode}, kernel={self.described_kernel()}"
+
+    def described_kernel(self) -> str:
+        """Which kernel was chosen, and what that is where the parameters are now, as `repr` shows it."""
+        device = torch.device("cpu") if self.bias is None else self.bias.device
+        return described(self.kernel, device, self.num_streams, self.options["variant"])

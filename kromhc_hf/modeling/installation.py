@@ -33,6 +33,7 @@ def connect_owners(decoder: Decoder, model_class: Callable[[Any, Any], Any]) -> 
         if not hasattr(owner, "backbone_class"):
             owner.__class__ = model_class(type(owner), type(owner.config))
         owner._keep_in_fp32_modules_strict = {*(owner._keep_in_fp32_modules_strict or ()), *added}
+        owner._keep_in_fp32_modules = {*(owner._keep_in_fp32_modules or ()), *_wherever(added)}
         _tell_transformers(owner, before, layers)
     owners[-1].hc_layers_path = path
 
@@ -43,10 +44,17 @@ def uninstall(decoder: Decoder) -> None:
     for layer in decoder.connected:
         disconnect_layer(layer)
     del decoder.owners[-1].hc_layers_path
+    vars(decoder.owners[-1]).pop("hc_weights_are_random", None)
     for owner in decoder.owners:
         owner.__class__ = owner.backbone_class
         owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - added
+        owner._keep_in_fp32_modules = set(owner._keep_in_fp32_modules) - _wherever(added)
         _tell_transformers(owner, before, decoder.layers)
+
+
+def _wherever(names: set[str]) -> set[str]:
+    """Patterns of everything in modules of these names, which quantisers leave alone whatever users have them match."""
+    return {rf".*\.{name}" for name in names}
 
 
 def _tell_transformers(owner: Any, before: set[str], layers: Any) -> None:

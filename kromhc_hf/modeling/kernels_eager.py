@@ -19,6 +19,7 @@ from .kernels_eager_passes import (
     Streams,
     correlation,
     gap_to_one,
+    held,
     product,
     project,
     read,
@@ -37,9 +38,10 @@ FEW_TOKENS, FEW_PRODUCTS = 16, 1 << 17
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Leaves autocast; where there is none to leave, at no cost."""
+    """Leaves autocast; where there is none to leave, at no cost. Meta tensors know none."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    known = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 class WidthConnection(torch.autograd.Function):
@@ -136,8 +138,10 @@ class DepthConnection(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 grad_output = branch_output.new_empty(branch_output.shape)
                 rows, weights = grad_output.view(tokens.shape[0], 1, -1), h_post.unsqueeze(1)
-                for span in spans(tokens, h_post.dtype):
-                    store(rows[span], product(weights[span], tokens[span].to(h_post.dtype), rows[span]))
+                dtype = held(tokens, h_post.dtype)
+                for span in spans(tokens, dtype):
+                    part = rows[span]
+                    store(part, product(weights[span], tokens[span].to(dtype), part))
         return grad, grad_h_post, grad_output, None, None
 
 

@@ -19,6 +19,7 @@ The way from config.json to a running model:
 """
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -45,6 +46,7 @@ from .host import (
     config_class_name,
     keep_last_weights,
     known_to,
+    mirror_activation_scales,
     mirror_weight_conversion,
     name_for_task,
     record_outputs_of,
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from .decoder_layer import PLACE_NAMES  # noqa: F401
     from .families import ATTENTION  # noqa: F401
     from .foreign_code import CODE_FIELDS  # noqa: F401
+    from .generators import GENERATORS  # noqa: F401
     from .hyper_connection import Mappings  # noqa: F401
     from .kernels import KERNELS  # noqa: F401
     from .kernels_check import TOKENS  # noqa: F401
@@ -100,6 +103,13 @@ if TYPE_CHECKING:
     from .variants_rotations import cayley  # noqa: F401
 
 
+FROM_SCRATCH = (
+    "hc_init='identity' is for pretrained weights, which it leaves as they are; these are random. Trained from scratch "
+    "with it, a model of 1M parameters was .068 +- .019 nats behind the plain residual after 480 steps (5 seeds). Use "
+    "hc_init='paper'."
+)
+
+
 class HyperConnectedModel(Shareable):
     """Mixed in front of every transformers model class between the root and the decoder layers."""
 
@@ -108,6 +118,8 @@ class HyperConnectedModel(Shareable):
     auto_class: ClassVar[Any] = None
     # From the model that holds the decoder layers to them; None in the models around it.
     hc_layers_path: str | None = None
+    # Of the model that holds the decoder layers: whether its weights are those that its constructor drew.
+    hc_weights_are_random: bool = False
 
     def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> "HyperConnectedModel":
         if not hasattr(cls, "backbone_class"):
@@ -126,6 +138,21 @@ class HyperConnectedModel(Shareable):
             connect_owners(decoder, model_class)
         else:
             install(check_layers(decoder), model_class)
+        # `from_pretrained` constructs without memory, and fills in the weights afterwards.
+        decoder.owners[-1].hc_weights_are_random = not any(p.is_meta for p in self.parameters())  # type: ignore[attr-defined]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.hc_weights_are_random = False
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        """Training mode, see `torch.nn.Module.train`; warns, once, where init "identity" meets random weights."""
+        if mode and self.hc_weights_are_random:
+            self.hc_weights_are_random = False
+            options = self.config.stream_options()  # type: ignore[attr-defined]
+            if options.init == "identity" and options.num_streams > 1:
+                warnings.warn(FROM_SCRATCH, UserWarning, stacklevel=2)
+        return super().train(mode)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # By what the class is generated from, as not every class has a name that an Auto class knows it by. A class
@@ -202,6 +229,9 @@ class HyperConnectedModel(Shareable):
         """
         owner, layers = find_decoder(self)[:2]
         check_complete(layers, owner[-1].config)
+        if getattr(getattr(self, "hf_quantizer", None), "pre_quantized", False):
+            # For what has been unpacked transformers has no way back, and asks for one with an error without words.
+            kwargs.setdefault("save_original_format", False)
         saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", args[0] if args else True):
             keep_last_weights(Path(save_directory))
@@ -330,6 +360,7 @@ def _model_class(backbone_class: Any, config_type: Any) -> type[Any]:
     # Weight conversions are keyed by class name or by model type: each is mirrored under the same kind of key.
     mirror_weight_conversion(name, new_name)
     mirror_weight_conversion(model_type, config_type.model_type)
+    mirror_activation_scales(model_type, config_type.model_type)
     return type(new_name, (*(faces or (HyperConnectedModel,)), backbone_class), namespace)
 
 

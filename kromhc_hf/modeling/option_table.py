@@ -11,8 +11,9 @@ from typing import Annotated, Any, NamedTuple, TypedDict, get_args, get_type_hin
 from .stream_layers import Ends, read_ends
 
 
-# The variants of `variants.py` and the readouts of `stream_ends.py`.
+# The variants of `variants.py`, the generators of `generators.py` and the readouts of `stream_ends.py`.
 VARIANT_NAMES = ("kromhc", "identity", "mhc", "mhc_lite", "tbp", "hc", "one_sided", "circulant", "go_mhc", "orthogonal")
+GENERATOR_NAMES = ("dense", "cp")
 READOUT_NAMES = ("mean", "sum", "norm_sum", "softmax", "sigmoid", "attention")
 INITS = ("identity", "paper")
 # Added to mean squares.
@@ -58,6 +59,10 @@ class BranchKeywords(TypedDict, total=False):
     sinkhorn_iterations: Annotated[
         int, Option(SINKHORN_ITERATIONS, "How often variant mhc normalises rows and columns.")
     ]
+    generator: Annotated[
+        str, Option("dense", "How the weight of the mappings is stored; cp is factors of low rank.", GENERATOR_NAMES)
+    ]
+    generator_rank: Annotated[int, Option(2, "How many products of factors the generator cp adds up.")]
 
 
 class StreamKeywords(BranchKeywords, total=False):

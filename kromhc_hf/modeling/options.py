@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from .generators import GENERATORS
 from .mixing import Mixing
 from .option_table import (
     BRANCH_OPTIONS,
@@ -95,6 +96,12 @@ class StreamOptions:
                 raise ValueError(f"{name} must be finite; got {value!r}. {default}")
         if self.eps < 0:
             raise ValueError(f"eps must not be negative; got {self.eps!r}. The default is {OPTIONS['eps'].default!r}.")
+        if self.generator_rank < 1:
+            raise ValueError(
+                f"generator_rank must be at least 1; got {self.generator_rank}. "
+                f"The default is {OPTIONS['generator_rank'].default}."
+            )
+        GENERATORS[self.generator].check_defined_for(self.mixing())
         if self.init == "identity" and not READOUTS[self.readout].sums_to_one:
             raise ValueError(
                 "init 'identity' keeps the function of the base model only if the readout weights sum to 1; "
@@ -151,6 +158,10 @@ class StreamOptions:
             unread["residual_logit"] = "init 'paper' has a residual logit of its own"
         elif torch.equal(mixing.initial_logits(1.0), mixing.initial_logits(2.0)):
             unread["residual_logit"] = f"variant {self.variant!r} starts at the identity itself"
+        if not self.dynamic:
+            unread |= dict.fromkeys(("generator", "generator_rank"), "static mappings have no weight")
+        elif self.generator == "dense":
+            unread["generator_rank"] = "generator 'dense' has no rank"
         readout = READOUTS[self.readout].module
         if not self.dynamic and not (readout and readout.normed):
             unread["eps"] = "static mappings have no norm"

@@ -28,6 +28,7 @@ from scripts.resolve import first_error
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDER = Path(os.environ.get("KROMHC_CLIENTS", ROOT / ".clients"))
+SUMMARY = ROOT / "kromhc_hf" / "works_with.json"
 BEGIN, END = "<!-- clients:begin -->", "<!-- clients:end -->"
 NO_CLIENTS = ("client", "inside", "made_models", "run")
 LIMIT = 1800  # seconds of one client
@@ -126,14 +127,32 @@ def page(results: dict[str, Result], listed: dict[str, Client]) -> str:
     return "\n".join(lines)
 
 
+def summary(results: dict[str, Result], listed: dict[str, Client]) -> list[dict[str, str]]:
+    """What `kromhc doctor` says of each tool: its package, how it is used, and what came out."""
+    return [
+        {
+            "tool": listed[name].tool,
+            "package": Requirement(listed[name].requirements[0]).name,
+            "use": re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", listed[name].use).replace("`", ""),
+            "outcome": ", ".join(dict.fromkeys(row["outcome"] for row in result["rows"])),
+            "date": result["date"],
+        }
+        for name, result in results.items()
+    ]
+
+
 def write(file: Path, found: dict[str, Result]) -> None:
-    """Puts results into the JSON file beside a page, where those of other clients stay, and between its markers."""
+    """Puts results into the JSON file beside a page, where those of other clients stay, and between its markers.
+
+    The package gets a summary of them.
+    """
     listed, beside = clients(), file.with_suffix(".json")
     before = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     both = {**before, **found}
     results = {name: both[name] for name in listed if name in both}
     beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     put_between(file, BEGIN, END, page(results, listed))
+    SUMMARY.write_text(json.dumps(summary(results, listed), indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -113,25 +113,26 @@ def test_both_sides_of_a_verification(base, tmp_path, layers):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_base(base, tmp_path):
-    """Is compared through the quantiser, and not layer by layer, where nothing unpacks its weights."""
+    """Is compared through the quantiser, whole and layer by layer."""
     options = BitsAndBytesConfig(load_in_8bit=True)
     AutoModelForCausalLM.from_pretrained(base, quantization_config=options).save_pretrained(tmp_path / "small")
     assert convert_checkpoint(tmp_path / "small", tmp_path / "out", verify=True).lossless
-    for run in (
-        lambda: verify_conversion(tmp_path / "small", tmp_path / "out", layers="all"),
-        lambda: LayerwiseModel(tmp_path / "out"),
-    ):
-        with pytest.raises(ValueError, match=r"quantised \(bitsandbytes\).* leave layers out"):
-            run()
+    report = verify_conversion(tmp_path / "small", tmp_path / "out", layers="all")
+    assert report.bitwise_equal
+    assert report.lossless
+    shutil.copytree(tmp_path / "small", tmp_path / "part")
+    edit(tmp_path / "part", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.SCB"))
+    with pytest.raises(ValueError, match=r"layer 1 of .*part lacks model\.layers\.1\.mlp\.up_proj\."):
+        verify_conversion(tmp_path / "part", tmp_path / "out", layers="all")
     edit(tmp_path / "small", lambda t: [t.pop(n) for n in list(t) if n.startswith("model.layers.1.mlp.up_proj.")])
     with pytest.raises(ValueError, match=r"it lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         convert_checkpoint(tmp_path / "small", tmp_path / "again")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
-def test_no_layers_of_any_quantised_checkpoint(base, method):
+@pytest.mark.parametrize("method", ["gptq", "awq", "auto-round", "aqlm", "eetq", "something"])
+def test_no_layers_where_a_method_unpacks_whole_models(base, method):
     config = AutoConfig.from_pretrained(base)
     config.quantization_config = {"quant_method": method, "bits": 4}
     config.save_pretrained(base)
-    with pytest.raises(ValueError, match=rf"quantised \({method}\)"):
+    with pytest.raises(ValueError, match=rf"quantised \({method}\).* leave layers out"):
         LayerwiseModel(base)

@@ -23,12 +23,14 @@ from kromhc_hf import (
     count_parameters,
 )
 from kromhc_hf.modeling.families import COMPOSITE, REFUSED, ROWS
+from kromhc_hf.modeling.generators import GENERATORS
 from kromhc_hf.modeling.options import BRANCH_OPTIONS, OPTIONS, StreamOptions, described_option
 from kromhc_hf.modeling.releases import _mappings_file, has_family
 from kromhc_hf.modeling.stream_ends import READOUTS
 from kromhc_hf.modeling.variants import VARIANTS
 
 
+GENERATOR = ("generator", "generator_rank")
 PROJECT = Path(kromhc_hf.__file__).parents[1]
 TAKE_ALL = (apply_hyper_connections, convert_checkpoint, count_parameters, KromHCPeftConfig, StreamOptions)
 
@@ -113,13 +115,14 @@ def test_a_configuration_names_its_fields_in_rule_and_way_out():
 @pytest.mark.parametrize(
     ("options", "unread"),
     [
-        ({}, {"sinkhorn_iterations"}),
-        ({"variant": "mhc"}, set()),
-        ({"variant": "mhc", "init": "paper", "readout": "sum"}, {"residual_logit"}),
-        ({"variant": "hc"}, {"sinkhorn_iterations", "residual_logit"}),
-        ({"variant": "identity", "dynamic": False}, {"sinkhorn_iterations", "residual_logit", "eps"}),
-        ({"variant": "mhc", "dynamic": False, "readout": "softmax"}, {"eps"}),
-        ({"variant": "mhc", "dynamic": False, "readout": "sigmoid"}, set()),
+        ({}, {"sinkhorn_iterations", "generator_rank"}),
+        ({"generator": "cp"}, {"sinkhorn_iterations"}),
+        ({"variant": "mhc"}, {"generator_rank"}),
+        ({"variant": "mhc", "init": "paper", "readout": "sum"}, {"residual_logit", "generator_rank"}),
+        ({"variant": "hc"}, {"sinkhorn_iterations", "residual_logit", "generator_rank"}),
+        ({"variant": "identity", "dynamic": False}, {"sinkhorn_iterations", "residual_logit", "eps", *GENERATOR}),
+        ({"variant": "mhc", "dynamic": False, "readout": "softmax"}, {"eps", *GENERATOR}),
+        ({"variant": "mhc", "dynamic": False, "readout": "sigmoid"}, {*GENERATOR}),
         ({"num_streams": 1}, OPTIONS.keys() - {"num_streams"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -241,6 +244,7 @@ def test_a_new_option_is_one_field(tmp_path):
 
 def test_names_that_options_may_have_are_those_that_there_are():
     assert OPTIONS["variant"].choices == tuple(VARIANTS)
+    assert OPTIONS["generator"].choices == tuple(GENERATORS)
     assert OPTIONS["readout"].choices == tuple(READOUTS)
 
 

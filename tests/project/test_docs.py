@@ -158,3 +158,13 @@ def test_the_reference_has_every_public_name():
     assert page.count(":::") == len(documented)
     assert "`push_folder` is the earlier name" in page
     assert sorted([*documented, "push_folder"]) == sorted(kromhc_hf.__all__)
+
+
+def test_messages_that_are_explained_are_messages_of_the_package():
+    titles = re.findall(r"^## (.*)$", (DOCS / "messages.md").read_text(encoding="utf-8"), re.M)
+    assert len(titles) > 5
+    # Texts are broken over lines, and have values in them.
+    source = "".join(p.read_text(encoding="utf-8") for p in sorted((PROJECT / "kromhc_hf").rglob("*.py")))
+    joined = re.sub(r"\{[^{}]*\} ?", "", re.sub(r'"\s*\n\s*f?"', "", source))
+    for title in titles:
+        assert title in joined, title

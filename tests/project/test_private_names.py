@@ -28,6 +28,7 @@ NAMES = {
     "_get_dtype_plan": (MODEL, {"conversion/layerwise.py"}),
     "_init_weights": (MODEL, {"modeling/modeling_kromhc.py"}),
     "_initialize_missing_keys": (MODEL, {"conversion/layerwise.py"}),
+    "_keep_in_fp32_modules": (MODEL, {"modeling/installation.py"}),
     "_keep_in_fp32_modules_strict": (MODEL, {"modeling/installation.py"}),
     "_model_mapping": (_BaseAutoModelClass, {"modeling/host.py"}),
     "_move_missing_keys_from_meta_to_device": (MODEL, {"conversion/layerwise.py"}),
