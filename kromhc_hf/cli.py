@@ -243,7 +243,9 @@ def inspect(
 def compare(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint without hyper-connections.")],
     text: Annotated[Path, typer.Argument(help="A text to train on; its last tenth is held out.")],
-    directory: Annotated[Path, typer.Option("--output", help="Folder for runs, table and pictures; goes on there.")],
+    directory: Annotated[
+        Path, typer.Option("--output", help="Folder for runs, table and pictures; goes on there.")
+    ] = Path("comparison"),
     variants: Annotated[str, typer.Option(help="Names of variants, with commas between.")] = "kromhc",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm; arms with one seed see the same batches.")] = 3,
@@ -348,6 +350,19 @@ def families(
         for row in part:
             table.add_row(row.model_type, escape(row.description), *([row.exactness] if supported else []))
         output.print(table)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model, with hyper-connections or without.")],
+    family: Family = None,
+) -> None:
+    """Serve a model over HTTP as `transformers serve` does, whose options it takes (see its --help)."""
+    from .serving import serve as run_server
+
+    run_family_file(family)
+    run_server([model, *context.args])
 
 
 @app.command()

@@ -14,6 +14,7 @@ from .kernels import check_kernel, described, select_connect
 from .kernels_eager import without_autocast
 from .mixing import cast
 from .options import BRANCH_OPTIONS, BranchKeywords, StreamOptions, show_options
+from .read_gate import gate_shapes, gated_part, initial_gate
 from .stream_module import INITIAL_ALPHA, StreamModule, new_parameter
 
 
@@ -65,6 +66,8 @@ class HyperConnection(StreamModule):
     """
 
     weight: nn.Parameter | None
+    read_down: nn.Parameter | None
+    read_up: nn.Parameter | None
 
     @show_options(BranchKeywords)
     def __init__(
@@ -100,6 +103,8 @@ class HyperConnection(StreamModule):
         for name, shape in self.weight_shapes.items():
             self.register_parameter(name, parameter(*shape, wanted=dynamic))
         self.alpha = parameter(3, wanted=dynamic)
+        for name, shape in gate_shapes(num_streams, hidden_size, chosen.read_rank).items():
+            self.register_parameter(name, parameter(*shape, wanted=chosen.read == "gated"))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -117,6 +122,9 @@ class HyperConnection(StreamModule):
                 else:
                     init.zeros_(part)
             init.constant_(self.alpha, INITIAL_ALPHA)
+        if self.read_down is not None and self.read_up is not None:
+            init.copy_(self.read_down, initial_gate(self.read_down.shape, self.branch_index).to(self.read_down.device))
+            init.zeros_(self.read_up)
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Width connection: reads the branch input from the streams `[B, S, n, C]`.
@@ -136,6 +144,9 @@ class HyperConnection(StreamModule):
         with without_autocast(streams):
             weight = self._weight(dtype)
             branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps)
+            if self.read_down is not None and self.read_up is not None:
+                added = gated_part(streams, cast(self.read_down, dtype), cast(self.read_up, dtype), self.eps)
+                branch_input = cast(cast(branch_input, dtype) + added, streams.dtype)
 
         def write(branch_output: Tensor) -> Tensor:
             with without_autocast(streams):

@@ -18,6 +18,7 @@ from torch import Tensor
 from .kernels_eager_passes import (
     Streams,
     correlation,
+    different,
     gap_to_one,
     held,
     product,
@@ -84,15 +85,17 @@ class WidthConnection(torch.autograd.Function):
                 return *differentiable_gradients(grads, inputs, ctx.mixing, ctx.eps), None, None
             tokens = streams.flatten(0, -3)
             grad_input = None if grad_input is None else grad_input.flatten(0, -2)
-            grad_mixed = None if grad_mixed is None else grad_mixed.flatten(0, -3)
+            grad_mixed = None if grad_mixed is None else different(grad_mixed)
             leaves = [None if t is None else t.detach().requires_grad_() for t in (products, squares, bias, alpha)]
             with torch.enable_grad():
                 mappings = ctx.mixing.mappings(*leaves, ctx.eps, tokens.shape[:1])
             h_pre, _, h_res = (mapping.detach() for mapping in mappings)
+            if grad_mixed is not None and grad_mixed.shape[1] < h_res.shape[1]:
+                h_res = h_res.sum(1, keepdim=True)
             grads = (
                 None if grad_input is None else correlation(grad_input.unsqueeze(1), tokens, h_pre.dtype).squeeze(1),
                 grad_h_post,
-                None if grad_mixed is None else correlation(grad_mixed, tokens, h_pre.dtype),
+                None if grad_mixed is None else correlation(grad_mixed, tokens, h_pre.dtype).expand_as(mappings[2]),
             )
             grad_products, grad_squares, grad_bias, grad_alpha = chain(mappings, grads, leaves)
             grad_streams, grad_weight = None, None
@@ -124,24 +127,24 @@ class DepthConnection(torch.autograd.Function):
         h_post, branch_output = ctx.saved_tensors
         grad_h_post, grad_output = None, None
         with without_autocast(grad):
-            # One gradient for all streams, as behind a sum over them, would send batched products into a slow loop.
-            grad = grad.contiguous()
-            tokens = grad.flatten(0, -3)
             if torch.is_grad_enabled():
-                wide = cast(tokens, h_post.dtype)
-                grad_h_post = (wide * branch_output.reshape(tokens.shape[0], 1, -1)).sum(-1)
+                wide = cast(grad.flatten(0, -3), h_post.dtype)
+                grad_h_post = (wide * branch_output.reshape(wide.shape[0], 1, -1)).sum(-1)
                 grad_output = cast((h_post.unsqueeze(-1) * wide).sum(1), branch_output.dtype)
                 return grad, grad_h_post, grad_output.view(branch_output.shape), None, None
+            tokens = different(grad)
             if ctx.needs_input_grad[1]:
                 outputs = branch_output.reshape(tokens.shape[0], 1, -1)
-                grad_h_post = correlation(outputs, tokens, h_post.dtype).squeeze(1)
+                grad_h_post = correlation(outputs, tokens, h_post.dtype).squeeze(1).expand(h_post.shape)
             if ctx.needs_input_grad[2]:
                 grad_output = branch_output.new_empty(branch_output.shape)
-                rows, weights = grad_output.view(tokens.shape[0], 1, -1), h_post.unsqueeze(1)
+                rows = grad_output.view(tokens.shape[0], 1, -1)
+                weights = (h_post if tokens.shape[1] > 1 else h_post.sum(-1, keepdim=True)).unsqueeze(1)
                 dtype = held(tokens, h_post.dtype)
                 for span in spans(tokens, dtype):
                     part = rows[span]
                     store(part, product(weights[span], tokens[span].to(dtype), part))
+            grad = tokens.view(*grad.shape[:-2], *tokens.shape[1:]).expand(grad.shape)
         return grad, grad_h_post, grad_output, None, None
 
 

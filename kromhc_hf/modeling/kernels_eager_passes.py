@@ -207,6 +207,15 @@ def store(place: Tensor, value: Tensor) -> None:
         place.copy_(value)
 
 
+def different(grad: Tensor) -> Tensor:
+    """The gradients of the streams that differ, `[..., n, C]` -> `[T, n, C]`, or `[T, 1, C]` if there is one for all.
+
+    Behind a sum over streams it is expanded, and written out it would send batched products through a loop over tokens.
+    """
+    one_for_all = grad.stride(-2) == 0 and grad.shape[-2] > 1
+    return (grad[..., :1, :] if one_for_all else grad).contiguous().flatten(0, -3)
+
+
 def correlation(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """`sum_c left[t, i, c] right[t, j, c]`, `[T, i, j]` in `dtype`."""
     if right.stride(1) == 0 and right.shape[1] > 1:

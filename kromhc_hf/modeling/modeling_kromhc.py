@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     from .option_table import INITS  # noqa: F401
     from .options import given_options  # noqa: F401
     from .outside_code import FAMILY_MODULE  # noqa: F401
+    from .read_gate import gated_part  # noqa: F401
     from .releases import OLDEST  # noqa: F401
     from .stream_ends import expand  # noqa: F401
     from .stream_layers import Ends  # noqa: F401

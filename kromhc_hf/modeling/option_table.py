@@ -15,6 +15,7 @@ from .stream_layers import Ends, read_ends
 VARIANT_NAMES = ("kromhc", "identity", "mhc", "mhc_lite", "tbp", "hc", "one_sided", "circulant", "go_mhc", "orthogonal")
 GENERATOR_NAMES = ("dense", "cp")
 READOUT_NAMES = ("mean", "sum", "norm_sum", "softmax", "sigmoid", "attention")
+READS = ("weights", "gated")
 INITS = ("identity", "paper")
 # Added to mean squares.
 EPS = 1e-6
@@ -63,6 +64,10 @@ class BranchKeywords(TypedDict, total=False):
         str, Option("dense", "How the weight of the mappings is stored; cp is factors of low rank.", GENERATOR_NAMES)
     ]
     generator_rank: Annotated[int, Option(2, "How many products of factors the generator cp adds up.")]
+    read: Annotated[
+        str, Option("weights", "How a branch reads the streams; gated adds a gate for every channel of each.", READS)
+    ]
+    read_rank: Annotated[int, Option(16, "Width of the layer inside the gates of read gated.")]
 
 
 class StreamKeywords(BranchKeywords, total=False):

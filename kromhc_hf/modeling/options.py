@@ -96,10 +96,15 @@ class StreamOptions:
                 raise ValueError(f"{name} must be finite; got {value!r}. {default}")
         if self.eps < 0:
             raise ValueError(f"eps must not be negative; got {self.eps!r}. The default is {OPTIONS['eps'].default!r}.")
-        if self.generator_rank < 1:
+        for name in ("generator_rank", "read_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1; got {getattr(self, name)}. The default is {OPTIONS[name].default}."
+                )
+        if self.read == "gated" and not self.dynamic:
             raise ValueError(
-                f"generator_rank must be at least 1; got {self.generator_rank}. "
-                f"The default is {OPTIONS['generator_rank'].default}."
+                "read must be 'weights' for static mappings, since gates depend on the token; got 'gated' with "
+                "dynamic=False. Use read='weights', or dynamic=True."
             )
         GENERATORS[self.generator].check_defined_for(self.mixing())
         if self.init == "identity" and not READOUTS[self.readout].sums_to_one:
@@ -162,6 +167,8 @@ class StreamOptions:
             unread |= dict.fromkeys(("generator", "generator_rank"), "static mappings have no weight")
         elif self.generator == "dense":
             unread["generator_rank"] = "generator 'dense' has no rank"
+        if self.read == "weights":
+            unread["read_rank"] = "read 'weights' has no gates"
         readout = READOUTS[self.readout].module
         if not self.dynamic and not (readout and readout.normed):
             unread["eps"] = "static mappings have no norm"

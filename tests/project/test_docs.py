@@ -137,7 +137,7 @@ def names_below_the_root(text: str) -> set[str]:
         ("import kromhc_hf.demo", {".demo"}),
         ("use `kromhc_hf.parameter_counts.count_parameters`.", {".parameter_counts.count_parameters"}),
         ("`kromhc_hf.Mappings.h_pre`, kromhc_hf/families.py, Path(kromhc_hf.__file__)", set()),
-        ("kromhc_hf. And then `python -m kromhc_hf.families_table README.md`", set()),
+        ("kromhc_hf. And then `python -m kromhc_hf.families_table docs/models.md README.md`", set()),
         ("from kromhc_hf import KromHCPeftConfig  # plots, and more", set()),
     ],
 )
