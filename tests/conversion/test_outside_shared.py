@@ -1,5 +1,7 @@
 """Families from outside on the Hub, and their hyper-connections without the base."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.outside import BASES, OUTSIDE, make_repository
@@ -40,10 +42,14 @@ def load(source):
 
 
 def test_a_converted_model_is_pushed_and_loaded_by_whoever_trusts_it(hub, base, tmp_path):
-    convert_checkpoint(base, tmp_path / "out", trust_remote_code=True)
+    register_family("cinder", replace(CINDER.row, derived=True))
+    convert_checkpoint(base, tmp_path / "out", layers="1:3", trust_remote_code=True)
     forget()
     push_checkpoint(tmp_path / "out", "ada/cinder")
     sent = hub.files("ada/cinder")
+    named = (tmp_path / "out/README.md").read_text().replace('"out"', '"ada/cinder"').replace("# out", "# cinder")
+    assert sent["README.md"].decode() == named
+    assert "a row that was derived" in named
     for file in (BASES / "cinder").glob("*_*.py"):
         assert sent[file.name] == file.read_bytes()
     with pytest.raises(ValueError, match="trust_remote_code"):
