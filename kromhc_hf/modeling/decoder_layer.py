@@ -13,6 +13,7 @@ from .hyper_connection import HyperConnection
 from .layer_returns import Returned, returned_beside, returned_values
 from .layer_spec import END_NAMES, LayerSpec, Step, Sublayer, attribute
 from .options import StreamOptions
+from .stream_blocks import branches_of_block
 from .stream_ends import READOUTS, StreamExpansion, StreamReadout, expand
 from .stream_module import StreamModule
 
@@ -70,8 +71,9 @@ class HyperConnectedLayer(nn.Module):
                 streams = streams.float()
             streams = self.make_streams(streams)
         outputs: dict[str, Any] = {}
+        branches = branches_of_block(self)
         for step, name in zip(self.spec.steps, self.spec.names):
-            branch_input, write = getattr(self, name)(streams)
+            branch_input, write = getattr(self, name)(streams, branches)
             streams = write(self.run_step(step, branch_input, kwargs, outputs))
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)

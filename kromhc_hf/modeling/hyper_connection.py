@@ -126,8 +126,13 @@ class HyperConnection(StreamModule):
             init.copy_(self.read_down, initial_gate(self.read_down.shape, self.branch_index).to(self.read_down.device))
             init.zeros_(self.read_up)
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def forward(self, streams: Tensor, branches: int = 0) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Width connection: reads the branch input from the streams `[B, S, n, C]`.
+
+        Args:
+            streams: what the hyper-connection before has written, or the first streams.
+            branches: of so many branches that follow each other only the first keeps its streams for the backward pass
+                (option `stream_recompute`); with 0 or 1 all do.
 
         Returns:
             The branch input `[B, S, C]`, and the depth connection `write`: it takes the branch output `[B, S, C]` and
@@ -141,9 +146,11 @@ class HyperConnection(StreamModule):
         )
         bias, alpha = (optional_cast(p, dtype) for p in (self.bias, self.alpha))
         assert bias is not None
+        # A compiler chooses by itself what it keeps, from the graph that it sees.
+        branches = 0 if torch.compiler.is_compiling() else branches
         with without_autocast(streams):
             weight = self._weight(dtype)
-            branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps)
+            branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps, branches)
             if self.read_down is not None and self.read_up is not None:
                 added = gated_part(streams, cast(self.read_down, dtype), cast(self.read_up, dtype), self.eps)
                 branch_input = cast(cast(branch_input, dtype) + added, streams.dtype)

@@ -96,7 +96,9 @@ if TYPE_CHECKING:
     from .options import given_options  # noqa: F401
     from .outside_code import FAMILY_MODULE  # noqa: F401
     from .read_gate import gated_part  # noqa: F401
+    from .recomputation import Origin  # noqa: F401
     from .releases import OLDEST  # noqa: F401
+    from .stream_blocks import read_recompute  # noqa: F401
     from .stream_ends import expand  # noqa: F401
     from .stream_layers import Ends  # noqa: F401
     from .variants import VARIANTS  # noqa: F401

@@ -8,6 +8,7 @@ a field to `BranchKeywords` (what every hyper-connection reads) or `StreamKeywor
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypedDict, get_args, get_type_hints
 
+from .stream_blocks import read_recompute
 from .stream_layers import Ends, read_ends
 
 
@@ -32,6 +33,8 @@ class Option(NamedTuple):
         flags: other ways to spell it on the command line; of an option that is on by default, what turns it off.
         read: makes of a value, such as text of the command line or a list of a file, the one that is kept, or raises
             ValueError; the type is not checked then.
+        running: whether it is about how a model is run alone: it may change on a live model, and layers that differ in
+            it go together.
         kind: its type, filled in from the field.
     """
 
@@ -40,6 +43,7 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     read: Callable[[Any], Any] | None = None
+    running: bool = False
     kind: Any = object
 
 
@@ -83,6 +87,16 @@ class StreamKeywords(BranchKeywords, total=False):
     layers: Annotated[
         Ends | str | None,
         Option(None, "Decoder layers with streams, a slice such as 8:12 or -4:; by default all.", read=read_ends),
+    ]
+    stream_recompute: Annotated[
+        str | int,
+        Option(
+            "none",
+            "Which streams training keeps and does not compute again: all (none), those of each layer (layer), or of "
+            "every so many layers (a number, or auto).",
+            read=read_recompute,
+            running=True,
+        ),
     ]
 
 

@@ -54,7 +54,8 @@ def with_option_fields(cls: type) -> type:
     for name, option in OPTIONS.items():
         if name not in own:
             own[name] = option.kind
-            setattr(cls, name, field(default=option.default, kw_only=name not in POSITIONAL))
+            settings: Any = {"kw_only": name not in POSITIONAL, "compare": not option.running}
+            setattr(cls, name, field(default=option.default, **settings))
     cls.__annotations__ = own
     cls.__doc__ = documented(cls.__doc__, OPTIONS)
     return cls
