@@ -4,7 +4,9 @@ Needs flash-linear-attention, which `make outside` installs into an environment 
 """
 
 import copy
+import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,7 +103,8 @@ def test_it_is_converted_loaded_elsewhere_trained_saved_and_undone(tmp_path):
 
     (tmp_path / "start").mkdir()
     (tmp_path / "start/sitecustomize.py").write_text(START)
-    environment = {"PYTHONPATH": str(tmp_path / "start"), "TRITON_INTERPRET": "1"}
+    paths = (tmp_path / "start", Path(find_spec("fla").origin).parents[1])
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "TRITON_INTERPRET": "1"}
     away = visit_without_kromhc(tmp_path, {str(tmp_path / "converted"): tmp_path / "again"}, **environment)
     seen = away[str(tmp_path / "converted")]
     assert not seen["installed"]
