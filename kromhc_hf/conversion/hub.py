@@ -70,7 +70,7 @@ def _card(content: dict[str, Any], folder: Path, repo_id: str) -> str:
     if not carries_row(content):
         return model_card(KromHCConfig.from_dict(content), repo_id)
     said = {name: content[name] for name in content if name.startswith("hc_")}
-    config = PreTrainedConfig(**{f"hc_{name}": option.default for name, option in OPTIONS.items()} | said)
+    config: Any = PreTrainedConfig(**{f"hc_{name}": option.default for name, option in OPTIONS.items()} | said)
     config.model_type = content["model_type"]
     return model_card(config, repo_id, derived=carries_derived_row(folder))
 
