@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor clients deepspeed quantised release clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor clients deepspeed outside derived quantised release clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -80,6 +80,19 @@ clients: $(READY)
 deepspeed: $(READY)
 	PYTHONPATH=.:tests $(BIN)/python -m clients.run deepspeed
 
+# A model of flash-linear-attention, whose Triton kernels are interpreted on the CPU.
+outside: .venv-outside/.ready
+	TRITON_INTERPRET=1 .venv-outside/bin/python -m pytest tests/test_linear_attention.py
+
+.venv-outside/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-outside
+	.venv-outside/bin/pip install --constraint constraints.txt --editable ".[triton]" pytest flash-linear-attention
+	@touch $@
+
+# Rows read from source against those of the table, on the oldest release of transformers and the newest.
+derived: $(READY)
+	$(BIN)/python tests/hosts/derived.py
+
 # Bases of every quantisation that transformers knows, as far as a CPU goes: `make quantised SCHEMES="--scheme gptq"` for some.
 # What only this needs lies in a folder of its own; pip builds one of the packages against torch.
 quantised: .quantised/.ready
@@ -99,4 +112,4 @@ release: $(READY)
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) .venv-floor .quantised .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-floor .venv-outside .quantised .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

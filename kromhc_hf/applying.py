@@ -13,6 +13,7 @@ from .modeling.layer_fit import check_own_forward
 from .modeling.modeling_kromhc import HyperConnectedModel, model_class
 from .modeling.options import StreamKeywords, StreamOptions, given_options, show_options
 from .modeling.outside_families import bind_model
+from .row_contradiction import check_against_source
 from .whole_models import check_not_a_part, check_whole
 
 
@@ -50,6 +51,7 @@ def apply_hyper_connections(model: Any, *positional: Any, **options: "Unpack[Str
         )
     check_whole(model)
     plan = plan_connections(model)
+    check_against_source(plan)
     # By the names that options have here, before the configuration says it by its own.
     stream_options = stream_options.in_model(plan.decoder.owners[-1].config.num_hidden_layers)
     bind_model(model)

@@ -122,6 +122,8 @@ def adapter(
     base: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the base, if not the one that is named.")
     ] = None,
+    family: Family = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Write the full model of an adapter and its base, or of a full model the adapter that makes it from its base."""
     if find_spec("peft") is None:
@@ -131,9 +133,10 @@ def adapter(
 
     if not source.is_dir():
         raise FileNotFoundError(f"source must be an existing folder; got {source}. Fetch it from the Hub first.")
+    run_family_file(family)
     write = adapter_to_checkpoint if (source / ADAPTER_CONFIG).is_file() else checkpoint_to_adapter
     with messages.status("writing"):
-        write(source, destination, base)
+        write(source, destination, base, trust_remote_code=trust_remote_code)
     output.print(f"{source} -> {destination}", soft_wrap=True)
 
 

@@ -27,7 +27,8 @@ TrustCode = Annotated[
     typer.Option("--trust-remote-code", help="Run code in the folder of a base whose family has a row from outside."),
 ]
 Family = Annotated[
-    Path | None, typer.Option(help="Python file that is run first, and registers a row with register_family.")
+    Path | None,
+    typer.Option(help="Python file that is run first and registers a row with register_family, or TOML file with one."),
 ]
 
 
@@ -59,16 +60,21 @@ def refuse_unread(context: typer.Context, options: "StreamOptions") -> None:
 
 
 def run_family_file(path: Path | None) -> None:
-    """Runs the file of the user that registers a family.
+    """Registers the family in a file of the user; a Python file is run for that.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it registers nothing.
+        ValueError: if it registers nothing, or what a TOML file says is no row.
     """
     if path is None:
         return
     if not path.is_file():
-        raise FileNotFoundError(f"--family must be a Python file; got {path}, which does not exist.")
+        raise FileNotFoundError(f"--family must be a Python or TOML file; got {path}, which does not exist.")
+    if path.suffix == ".toml":
+        from .family_file import register_family_file
+
+        register_family_file(path)
+        return
     before = dict(REGISTERED)
     runpy.run_path(str(path))
     if all(before.get(name) is family for name, family in REGISTERED.items()):

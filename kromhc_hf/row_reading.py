@@ -8,14 +8,13 @@ It is longer than other files because it is one reader, with a rule for each kin
 """
 
 import ast
-import inspect
-import textwrap
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from .modeling.host import cache_name, forward_parameters, written
+from .modeling.host import cache_name, forward_parameters
+from .modeling.layer_source import evaluated, forward_source, own_path
 from .modeling.layer_spec import LayerSpec, Step, Sublayer, attribute
 
 
@@ -58,7 +57,7 @@ def read_row(layer: nn.Module, layers: str = "layers") -> LayerSpec:
     """What the forward of a decoder layer does, in the words of rows.
 
     Args:
-        layer: a live layer; its attributes tell which way conditions on them go.
+        layer: a live layer, with hyper-connections or without; its attributes tell which way conditions on them go.
         layers: the path from the base model to the list of layers.
 
     Raises:
@@ -94,16 +93,9 @@ def _sublayer(branch: Branch) -> Sublayer:
 class _Reader:
     def __init__(self, layer: nn.Module):
         self.layer = layer
-        function = written(type(layer).forward)
-        try:
-            tree: Any = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError):
-            raise ValueError(
-                f"the source of {type(layer).__name__}.forward must be installed to be read; got none. Write a row for "
-                "it with register_family."
-            ) from None
-        self.definition: ast.FunctionDef = tree.body[0]
-        self.arguments = forward_parameters(layer)[0]
+        self.layer_class: Any = getattr(layer, "layer_class", type(layer))
+        self.definition = forward_source(self.layer_class)
+        self.arguments = forward_parameters(self.layer_class)[0]
         self.others = self.definition.args.kwarg.arg if self.definition.args.kwarg else None
         self.values: dict[str, Value] = {self.arguments[0]: Residual(0)}
         self.tuples: dict[str, Value] = {}  # variables with a tuple, by its first part
@@ -113,7 +105,7 @@ class _Reader:
     def refuse(self, node: ast.AST, what: str) -> Any:
         line = ast.unparse(node).splitlines()[0][:120]
         raise ValueError(
-            f"no row can be read from {type(self.layer).__name__}.forward: `{line}` {what}. Write a row for it with "
+            f"no row can be read from {self.layer_class.__name__}.forward: `{line}` {what}. Write a row for it with "
             "register_family, if the words for rows can say it."
         )
 
@@ -178,7 +170,7 @@ class _Reader:
             self.values[target.id] = found
 
     def condition(self, node: ast.If) -> None:
-        taken = self.evaluated(node.test)
+        taken = evaluated(node.test, self.layer)
         if taken is not None:
             self.block(node.body if taken else node.orelse)
             return
@@ -191,34 +183,6 @@ class _Reader:
                 self.refuse(node, "depends on an argument")
             if isinstance(statement, ast.Return):
                 self.refuse(node, "returns on a condition")
-
-    def evaluated(self, test: ast.expr) -> bool | None:
-        """Which way a condition on attributes of the layer goes; None if it is on anything else."""
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            inner = self.evaluated(test.operand)
-            return None if inner is None else not inner
-        if isinstance(test, ast.BoolOp):
-            parts = [self.evaluated(value) for value in test.values]
-            if None not in parts:
-                return all(parts) if isinstance(test.op, ast.And) else any(parts)
-        path = self.path(test)
-        if path is not None and path != "training":
-            found = attribute(self.layer, path)
-            return bool(found) if isinstance(found, bool | int | str | None) else None
-        if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.comparators[0], ast.Constant):
-            path, other = self.path(test.left), test.comparators[0].value
-            found = attribute(self.layer, path) if path is not None else None
-            if path is not None and isinstance(test.ops[0], ast.Is | ast.IsNot) and other is None:
-                return (found is None) == isinstance(test.ops[0], ast.Is)
-            if isinstance(found, str | int) and isinstance(test.ops[0], ast.Eq | ast.NotEq):
-                return (found == other) == isinstance(test.ops[0], ast.Eq)
-        return None
-
-    def path(self, node: ast.AST) -> str | None:
-        """`self.a.b` -> "a.b"."""
-        text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-        plain = text.startswith("self.") and all(part.isidentifier() for part in text.split("."))
-        return text.removeprefix("self.") if plain else None
 
     def mentions(self, node: ast.AST) -> bool:
         return any(isinstance(n, ast.Name) and n.id in self.values for n in ast.walk(node))
@@ -247,7 +211,7 @@ class _Reader:
 
     def scaled(self, node: ast.BinOp) -> Value:
         for side, other in ((node.left, node.right), (node.right, node.left)):
-            found, path = self.value(side), self.path(other)
+            found, path = self.value(side), own_path(other)
             if isinstance(found, Branch) and path is not None and found.scale is None:
                 return replace(found, scale=path)
             if isinstance(found, Sum) and path is not None and found.scale is None:
@@ -277,7 +241,7 @@ class _Reader:
         return self.refuse(node, "is no sum of the residual and branches that read it")
 
     def called(self, node: ast.Call) -> Value:
-        path = self.path(node.func)
+        path = own_path(node.func)
         if path is None or not callable(attribute(self.layer, path)):
             if ast.unparse(node.func).rpartition(".")[2] == "dropout" and len(node.args) == 1:
                 return self.dropped(node)
@@ -301,11 +265,19 @@ class _Reader:
             return self.refuse(node, "follows a sum or a factor")
         before = read if isinstance(read, Branch) else Branch(read.steps, ())
         names = (*before.names, path)
-        if not given and not spread:
+        if not given and not (spread and self.uses_others(path)):
             return replace(before, names=names)
         if before.attention is not None or len(before.names) > 1:
             return self.refuse(node, "takes arguments of the layer behind other modules")
         return replace(before, names=names, attention=len(names) - 1, renames=self.renames(node, given, named, spread))
+
+    def uses_others(self, path: str) -> bool:
+        """Whether a module does anything with the arguments that it does not name."""
+        module_class: Any = type(attribute(self.layer, path))
+        definition = forward_source(module_class)
+        others = definition.args.kwarg
+        names = [node.id for node in ast.walk(definition) if isinstance(node, ast.Name)]
+        return others is not None and others.arg in names
 
     def renames(
         self, node: ast.AST, given: dict[str, ast.expr], named: tuple[str, ...], spread: bool
@@ -327,8 +299,8 @@ class _Reader:
     def dropped(self, node: ast.Call) -> Value:
         """`dropout(branch, p=self.p, training=self.training)`."""
         found, keywords = self.value(node.args[0]), {keyword.arg: keyword.value for keyword in node.keywords}
-        path = self.path(keywords["p"]) if "p" in keywords else None
-        training = "training" in keywords and self.path(keywords["training"]) == "training"
+        path = own_path(keywords["p"]) if "p" in keywords else None
+        training = "training" in keywords and own_path(keywords["training"]) == "training"
         if isinstance(found, Branch) and path and training and keywords.keys() == {"p", "training"} and not found.scale:
             return replace(found, names=(*found.names, path))
         return self.refuse(node, "is no dropout of a branch with a probability of the layer")

@@ -1,12 +1,13 @@
 """Rows read from the source of layers: the same as the table's, checked on the model, never silent, else refused."""
 
+import contextlib
 import copy
 import json
 
 import pytest
 import torch
 from support.bases.amber.modeling_amber import AmberLayer, AmberModel
-from support.outside import AMBER, BASALT, OUTSIDE, make_outside, make_repository
+from support.outside import BASALT, OUTSIDE, make_outside, make_repository
 from support.tiny import configurations, make_model, separate_streams, token_ids, variants
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -23,12 +24,13 @@ from kromhc_hf import (
 from kromhc_hf.cli import app
 from kromhc_hf.derivation import derived_row
 from kromhc_hf.modeling.composite import replace_config
-from kromhc_hf.modeling.connection_plan import ConnectionPlan, find_decoder
+from kromhc_hf.modeling.connection_plan import ConnectionPlan, find_decoder, plan_connections
 from kromhc_hf.modeling.installation import install
 from kromhc_hf.modeling.layer_fit import fit_layer
 from kromhc_hf.modeling.modeling_kromhc import model_class
 from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
 from kromhc_hf.modeling.releases import has_family
+from kromhc_hf.row_contradiction import without_names
 from kromhc_hf.row_reading import read_row
 
 
@@ -69,6 +71,9 @@ def test_what_is_read_computes_what_the_table_computes(name, model_type, positio
     other, decoder = copy.deepcopy(model), find_decoder(model)
     specs = read(decoder)
     assert (specs is None) == (name in NOT_READ)
+    for layer, spec in zip(decoder.layers, plan_connections(model).specs):
+        with contextlib.suppress(ValueError):
+            assert without_names(read_row(layer)) == without_names(spec)
     if specs is None:
         return
     apply_hyper_connections(model)
@@ -85,7 +90,7 @@ def test_what_is_read_computes_what_the_table_computes(name, model_type, positio
     assert continued(other, tokens[:1]) == continued(model, tokens[:1])
 
 
-@pytest.mark.parametrize(("name", "row"), [("amber", AMBER), ("basalt", BASALT)])
+@pytest.mark.parametrize(("name", "row"), [(name, base.row) for name, base in OUTSIDE.items()])
 def test_a_model_without_a_row_gets_one(name, row):
     model = make_outside(name)
     before, cls = copy.deepcopy(model.state_dict()), type(model)

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from kromhc_hf import KromHCConfig, register_family, unregister_family
 from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
+from kromhc_hf.rows import LayerSpec, Step, Sublayer
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,22 @@ def test_what_no_row_can_be_registered_for(arguments, message):
     assert not REGISTERED
     with pytest.raises(ValueError, match="one that was registered"):
         unregister_family(arguments[0])
+
+
+@pytest.mark.parametrize("name", ["mlp", "two words_hc", "expand_hc", "readout_hc"])
+def test_the_name_of_a_step_says_what_it_is(name):
+    with pytest.raises(ValueError, match=rf"ends in '_hc', and none of expand_hc, readout_hc; got '{name}'"):
+        Step(name, (Sublayer("mlp"),))
+
+
+def test_steps_are_told_apart():
+    step = Step("ffn_hc", (Sublayer("mlp"),))
+    with pytest.raises(ValueError, match="each a name of its own; got ffn_hc, ffn_hc"):
+        LayerSpec((step, step))
+    with pytest.raises(ValueError, match="at least one step"):
+        LayerSpec(())
+    with pytest.raises(ValueError, match="'ffn_hc' has none"):
+        Step("ffn_hc", ())
 
 
 def test_configurations_are_made_by_the_face():

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..derivation import derive_family, load_for_reading
 from ..modeling.configuration_kromhc import KromHCConfig
+from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.model_card import model_card
 from ..modeling.options import StreamKeywords, StreamOptions, given_options, show_options
 from ..modeling.remote_code import take_code_along
 from ..modeling.stream_module import StreamModule
+from ..row_contradiction import check_against_source
 from .base import BaseCheckpoint
 from .disk import check_link, new_folder, real_path
 from .files import CARD, WEIGHTS_INDEX, weight_file_names, write_json
@@ -106,6 +108,7 @@ def convert_checkpoint(
     stored, destination = StoredModel.open(base.folder, **opened), Path(destination)
     config: Any = KromHCConfig(backbone_config=stored.config, **chosen.as_fields())
     model = replace(stored, config=config, own_code=False).skeleton()
+    check_against_source(present_plan(find_decoder(model)))
     config.architectures = [type(model).__name__]
     config.hc_conversion = base.origin
     added = added_tensors(model)

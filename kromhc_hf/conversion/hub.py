@@ -5,16 +5,20 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from transformers.configuration_utils import PreTrainedConfig
 
 from ..modeling.configuration_kromhc import KromHCConfig
 from ..modeling.model_card import model_card
 from ..modeling.model_types import PREFIX
+from ..modeling.option_table import OPTIONS
 from .base import model_content
 from .files import CARD, REPLACED_WEIGHTS, may_write_card
+from .outside import carries_derived_row, carries_row
 
 
 def push_checkpoint(
@@ -53,13 +57,22 @@ def push_checkpoint(
             f"folder must hold a checkpoint with hyper-connections; {folder} has model_type "
             f"{content.get('model_type')!r}. Convert it first: kromhc convert {folder} DESTINATION."
         )
-    config = KromHCConfig.from_dict(content)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files: dict[str, str | bytes] = {path.relative_to(folder).as_posix(): str(path) for path in paths}
     if may_write_card(folder):
-        files[CARD] = model_card(config, repo_id).encode()
+        files[CARD] = _card(content, folder, repo_id).encode()
     operations = [CommitOperationAdd(name, file) for name, file in files.items()]
     return upload(operations, repo_id, private, revision, token, commit_message, replaced=REPLACED_WEIGHTS)
+
+
+def _card(content: dict[str, Any], folder: Path, repo_id: str) -> str:
+    """The model card; of a family whose code is in the folder, from config.json alone, since none of it is run here."""
+    if not carries_row(content):
+        return model_card(KromHCConfig.from_dict(content), repo_id)
+    said = {name: content[name] for name in content if name.startswith("hc_")}
+    config: Any = PreTrainedConfig(**{f"hc_{name}": option.default for name, option in OPTIONS.items()} | said)
+    config.model_type = content["model_type"]
+    return model_card(config, repo_id, derived=carries_derived_row(folder))
 
 
 # The name that it had first.

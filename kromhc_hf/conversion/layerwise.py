@@ -16,7 +16,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.decoder_layer import HyperConnectedLayer
-from ..modeling.host import load_tensors, returned_beside
+from ..modeling.host import forward_defaults, forward_parameters, load_tensors
+from ..modeling.layer_returns import returned_beside, returned_values
 from ..modeling.stream_ends import expand, mean_of_streams
 from .quantised import Blank, layer_quantizer, prepare
 from .stored_model import StoredModel, head_output
@@ -114,15 +115,18 @@ class LayerwiseModel:
     def _pass_through(self, position: int) -> Any:
         layer = self.layers[position]
         layer_class: Any = getattr(layer, "layer_class", type(layer))
-        returned = returned_beside(layer_class)
         connected = layer if isinstance(layer, HyperConnectedLayer) else None
+        returned = returned_beside(layer, layer_class) if connected is None else connected.interface.returned
+        names, defaults = forward_parameters(layer_class)[0][1:], forward_defaults(layer_class)
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if connected is not None and position == connected.hc_first_layer:
                 hidden_states = expand(hidden_states, connected.hc_options.num_streams)
             if connected is not None and position == connected.hc_last_layer and not connected.reads_out_after_norm():
                 hidden_states = mean_of_streams(hidden_states)
-            return hidden_states if returned is None else (hidden_states, *(None for _ in returned))
+            if returned is None:
+                return hidden_states
+            return hidden_states, *returned_values(returned, {}, defaults | dict(zip(names, args)) | kwargs)
 
         return forward
 

@@ -8,7 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..modeling.layer_fit import check_model_type
 from ..modeling.model_types import PREFIX
-from ..modeling.outside_code import FAMILY_MODULE
+from ..modeling.outside_code import DERIVED, FAMILY_MODULE
 from ..modeling.outside_families import bind, outside_family
 
 
@@ -24,9 +24,8 @@ def runs_own_code(content: dict[str, Any], folder: Path, trust_remote_code: bool
         ValueError: if its family is not known, or its code is needed and not trusted.
     """
     model_type = str(content.get("model_type", ""))
-    reference = str((content.get("auto_map") or {}).get("AutoConfig", ""))
-    carries_row = reference.startswith(f"{FAMILY_MODULE}.")
-    if not carries_row:
+    reference = _configuration(content)
+    if not carries_row(content):
         check_model_type(model_type.removeprefix(PREFIX))
     if model_type in CONFIG_MAPPING:
         return False
@@ -41,6 +40,22 @@ def runs_own_code(content: dict[str, Any], folder: Path, trust_remote_code: bool
             "run. Read it, and allow it with trust_remote_code=True (--trust-remote-code)."
         )
     return True
+
+
+def carries_row(content: dict[str, Any]) -> bool:
+    """Whether a checkpoint with hyper-connections brings the row of its family along, as code beside it."""
+    return _configuration(content).startswith(f"{FAMILY_MODULE}.")
+
+
+def carries_derived_row(folder: Path) -> bool:
+    """Whether the row beside a checkpoint was derived; that is read, and not run."""
+    path = folder / f"{FAMILY_MODULE}.py"
+    return path.is_file() and DERIVED in path.read_text(encoding="utf-8")
+
+
+def _configuration(content: dict[str, Any]) -> str:
+    """The class in the folder that its configuration is made by."""
+    return str((content.get("auto_map") or {}).get("AutoConfig", ""))
 
 
 def bind_repository(config: Any, folder: Path) -> None:

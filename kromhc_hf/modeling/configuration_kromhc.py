@@ -20,7 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .families import ROWS
 from .foreign_code import check_own_config
-from .host import config_class_name, config_class_of, why_absent
+from .host import config_class_name, config_class_of, has_own_init, why_absent
 from .layer_fit import check_model_type
 from .model_types import PREFIX, known_model_types
 from .options import OPTIONS, StreamOptions, documented
@@ -298,11 +298,15 @@ def _make_config_class(model_type: str, backbone_class: Any) -> type[KromHCConfi
         **{field: option.default for field, option in FIELDS.items()},
     }
     cls: Any = type(name, (KromHCConfig, backbone_class), namespace)
-    generated_init = cls.__init__
+    generated_init, own_init = cls.__init__, has_own_init(backbone_class)
 
     def __init__(self: Any, *, backbone_config: PreTrainedConfig | None = None, **kwargs: Any) -> None:
         self.check_keywords(kwargs, backbone_config)
-        if backbone_config is None:
+        if backbone_config is None and own_init:
+            for field, option in FIELDS.items():
+                setattr(self, field, kwargs.pop(field, option.default))
+            backbone_class.__init__(self, **kwargs)
+        elif backbone_config is None:
             generated_init(self, **kwargs)
         else:
             self.take_over(backbone_config)

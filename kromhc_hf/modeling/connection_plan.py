@@ -8,10 +8,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .arrangement import check_distinct
 from .composite import models_to_text_model
-from .decoder_layer import END_NAMES, HyperConnectedLayer
+from .decoder_layer import HyperConnectedLayer
 from .layer_fit import check_model_type, fit_layer, layer_specs
 from .layer_loop import check_between_layers
-from .layer_spec import LayerSpec, attribute
+from .layer_spec import END_NAMES, LayerSpec, attribute
 from .model_types import PREFIX
 from .outside_families import outside_family
 

@@ -8,17 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .host import CACHE_NAMES, cache_name, forward_parameters, returned_beside
+from .host import CACHE_NAMES, cache_name, forward_defaults, forward_parameters
 from .hyper_connection import HyperConnection
-from .layer_spec import LayerSpec, Step, Sublayer, attribute
+from .layer_returns import Returned, returned_beside, returned_values
+from .layer_spec import END_NAMES, LayerSpec, Step, Sublayer, attribute
 from .options import StreamOptions
 from .stream_blocks import branches_of_block
 from .stream_ends import READOUTS, StreamExpansion, StreamReadout, expand
 from .stream_module import StreamModule
 
 
-# Beside the hyper-connections, where the streams begin and end in a learned way: on the first and on the last layer.
-END_NAMES = ("expand_hc", "readout_hc")
 # What arrangement.py sets.
 PLACE_NAMES = ("hc_config", "hc_layer_index", "hc_first_layer", "hc_last_layer")
 
@@ -51,8 +50,9 @@ class HyperConnectedLayer(nn.Module):
     layer_class: ClassVar[type[nn.Module]]
     spec: ClassVar[LayerSpec]
     positional_names: ClassVar[tuple[str, ...]]
+    interface: ClassVar["Interface"]
     arguments: ClassVar[dict[str, Arguments]]
-    returned: ClassVar[tuple[int, ...] | None]  # see `returned_beside`
+    defaults: ClassVar[dict[str, Any]]  # of the layer's own arguments
 
     hc_config: Any = None
     hc_options: Any  # StreamOptions, of the active adapter where there are adapters
@@ -70,22 +70,19 @@ class HyperConnectedLayer(nn.Module):
             if self.spec.wide is not None and attribute(self, self.spec.wide):
                 streams = streams.float()
             streams = self.make_streams(streams)
-        attention_output: tuple[Any, ...] = ()
+        outputs: dict[str, Any] = {}
         branches = branches_of_block(self)
         for step, name in zip(self.spec.steps, self.spec.names):
             branch_input, write = getattr(self, name)(streams, branches)
-            branch_output, extras = self.run_step(step, branch_input, kwargs)
-            attention_output = extras or attention_output
-            streams = write(branch_output)
+            streams = write(self.run_step(step, branch_input, kwargs, outputs))
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
         ends = self.hc_layer_index in (self.hc_last_layer, self.hc_config.num_hidden_layers - 1)
         if ends and not self.reads_out_after_norm():
             streams = self.read_out(streams)
-        if self.returned is None:
-            return streams
-        return streams, *(attention_output[i] if i < len(attention_output) else None for i in self.returned)
+        returned = self.interface.returned
+        return streams if returned is None else (streams, *returned_values(returned, outputs, self.defaults | kwargs))
 
     def extra_repr(self) -> str:
         derived = "row derived from the source of its forward" if self.spec.derived else ""
@@ -129,53 +126,51 @@ class HyperConnectedLayer(nn.Module):
         # or torch derive from them are not ours to restore.
         if "layer_class" not in vars(type(self)):
             return super().__reduce_ex__(protocol)
-        return _restored, (self.layer_class, self.spec, tuple(self.arguments.items())), self.__dict__
+        return _restored, (self.layer_class, self.spec, self.interface), self.__dict__
 
-    def run_step(self, step: Step, branch_input: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
-        """The branch output of one residual step, and everything that its attention returned."""
+    def run_step(self, step: Step, branch_input: Tensor, kwargs: dict[str, Any], outputs: dict[str, Any]) -> Tensor:
+        """The branch output of one residual step; puts into `outputs` all that a module returned beside its own."""
         branch_output: Tensor | None = None
-        attention_output: tuple[Any, ...] = ()
         normed: dict[str | None, Tensor] = {None: branch_input}
         for sublayer in step.sublayers:
             # Parallel sublayers may share a norm.
             if sublayer.pre is not None and sublayer.pre not in normed:
                 norm = attribute(self, sublayer.pre)
                 normed[sublayer.pre] = norm(branch_input.to(norm.weight.dtype) if sublayer.cast else branch_input)
-            output, extras = self.run_sublayer(sublayer, normed[sublayer.pre], kwargs)
+            output = self.run_sublayer(sublayer, normed[sublayer.pre], kwargs, outputs)
             branch_output = output if branch_output is None else branch_output + output
-            attention_output = extras if sublayer.attention else attention_output
         assert branch_output is not None
         for name in step.post:
             branch_output = self.call(name, branch_output)
         if step.scale is not None:
             branch_output = branch_output * attribute(self, step.scale)
         # Some experts return [B * S, C].
-        return branch_output.view(branch_input.shape), attention_output
+        return branch_output.view(branch_input.shape)
 
     def run_sublayer(
-        self, sublayer: Sublayer, hidden_states: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """The output of one sublayer behind its norm, and all that its module returned, such as attention weights."""
+        self, sublayer: Sublayer, hidden_states: Tensor, kwargs: dict[str, Any], outputs: dict[str, Any]
+    ) -> Tensor:
+        """The output of one sublayer behind its norm; see `run_step`."""
         if sublayer.input_scale is not None:
             hidden_states = hidden_states * attribute(self, sublayer.input_scale)
-        extras: tuple[Any, ...] = ()
+        output: Any = None
         for name in sublayer.modules:
             arguments = self.arguments[name].select(kwargs) if sublayer.attention else {}
             if sublayer.zero is not None:
                 arguments[sublayer.zero] = torch.zeros((), dtype=hidden_states.dtype, device=hidden_states.device)
             output = self.call(name, *(hidden_states,) * sublayer.repeat, **arguments)
             if isinstance(output, tuple):
-                extras = output
+                outputs[name] = output
             hidden_states = output[0] if isinstance(output, tuple) else output
-        if sublayer.bias is not None and extras[sublayer.bias] is not None:
-            hidden_states = hidden_states + extras[sublayer.bias]
+        if sublayer.bias is not None and output[sublayer.bias] is not None:
+            hidden_states = hidden_states + output[sublayer.bias]
         if sublayer.times is not None:
             hidden_states = hidden_states * kwargs[sublayer.times]
         for name in sublayer.post:
             hidden_states = self.call(name, hidden_states)
         if sublayer.scale is not None:
             hidden_states = hidden_states * attribute(self, sublayer.scale)
-        return hidden_states, extras
+        return hidden_states
 
     def call(self, name: str, *inputs: Tensor, **arguments: Any) -> Any:
         """Calls the attribute, or drops out with the probability that it is."""
@@ -203,35 +198,47 @@ def _arguments(layer: nn.Module, sublayer: Sublayer, name: str) -> Arguments:
     return Arguments(tuple(pair for pair in names if everything or pair[1] in named[1:]), known, others)
 
 
-LayerArguments = tuple[tuple[str, Arguments], ...]
+class Interface(NamedTuple):
+    """What a live layer passes on to its modules and returns.
+
+    Args:
+        arguments: for each module that takes the layer's arguments, which of them reach it.
+        returned: see `returned_beside`.
+    """
+
+    arguments: tuple[tuple[str, Arguments], ...]
+    returned: Returned
 
 
-def layer_arguments(layer: nn.Module, spec: LayerSpec) -> LayerArguments:
-    """For each module of a layer that takes the layer's arguments, which of them reach it."""
-    return tuple(
+def layer_interface(layer: nn.Module, spec: LayerSpec) -> Interface:
+    """The interface of a layer that fits a specification."""
+    layer_class: Any = type(layer)
+    arguments = tuple(
         (name, _arguments(layer, sublayer, name))
         for sublayer in spec.sublayers
         if sublayer.attention
         for name in sublayer.modules
     )
+    return Interface(arguments, returned_beside(layer, layer_class))
 
 
-def layer_namespace(layer_class: Any, spec: LayerSpec, arguments: LayerArguments) -> dict[str, Any]:
+def layer_namespace(layer_class: Any, spec: LayerSpec, interface: Interface) -> dict[str, Any]:
     """The class attributes that `HyperConnectedLayer.forward` reads, for a family's decoder layer."""
     return {
         "__doc__": f"{layer_class.__name__} with hyper-connections.",
         "layer_class": layer_class,
         "spec": spec,
+        "interface": interface,
         "positional_names": forward_parameters(layer_class)[0][1:],  # after hidden_states
-        "arguments": dict(arguments),
-        "returned": returned_beside(layer_class),
+        "arguments": dict(interface.arguments),
+        "defaults": forward_defaults(layer_class),
     }
 
 
 @functools.cache
-def _layer_class(layer_class: Any, spec: LayerSpec, arguments: LayerArguments) -> type[HyperConnectedLayer]:
+def _layer_class(layer_class: Any, spec: LayerSpec, interface: Interface) -> type[HyperConnectedLayer]:
     name = f"KromHC{layer_class.__name__}"
-    namespace = {"__module__": __name__, "__qualname__": name, **layer_namespace(layer_class, spec, arguments)}
+    namespace = {"__module__": __name__, "__qualname__": name, **layer_namespace(layer_class, spec, interface)}
     return type(name, (HyperConnectedLayer, layer_class), namespace)
 
 
@@ -277,7 +284,7 @@ def connect_layer(layer: Any, spec: LayerSpec, config: Any, options: StreamOptio
     """Turns a checked decoder layer into its hyper-connected class, in place, and adds the hyper-connections."""
     connections = new_connections(layer, spec, options, config, position)
     layer_class: Any = type(layer)
-    layer.__class__ = _layer_class(layer_class, spec, layer_arguments(layer, spec))
+    layer.__class__ = _layer_class(layer_class, spec, layer_interface(layer, spec))
     layer.hc_options = options
     for name, module in connections.items():
         layer.register_module(name, module)

@@ -4,10 +4,7 @@
 What a release does is detected: by what it has, and by how the forwards of its layers are written.
 """
 
-import ast
-import functools
 import inspect
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,8 +12,8 @@ from typing import Any
 
 import transformers
 
+
 # In front of the others, since it says which releases of transformers will do.
-from .releases import NEWEST, OLDEST, numbered
 
 
 # isort: split
@@ -94,70 +91,15 @@ def forward_parameters(module: Any) -> tuple[tuple[str, ...], bool]:
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+def forward_defaults(layer_class: Any) -> dict[str, Any]:
+    """What the arguments of a forward are that are not given."""
+    parameters = inspect.signature(written(layer_class.forward)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
 def cache_name(names: tuple[str, ...]) -> str | None:
     """Which of a forward's parameters is the cache, None if none is."""
     return next((name for name in names if name in CACHE_NAMES), None)
-
-
-@functools.cache
-def returned_beside(layer_class: Any) -> tuple[int, ...] | None:
-    """What the forward of a decoder layer returns beside the hidden states, read from its source.
-
-    Returns:
-        None where it returns a tensor; where it returns a tuple, the positions, in the output of the layer's attention,
-        of what follows the hidden states.
-
-    Raises:
-        ValueError: if it returns something else, or its source is not there.
-    """
-    try:
-        source = inspect.getsource(written(layer_class.forward))
-    except OSError:
-        raise ValueError(
-            f"the source of {layer_class.__name__}.forward must be installed, where what it returns is read; got none. "
-            "Install transformers from its wheel."
-        ) from None
-    positions: dict[str, int] = {}  # of variables in the tuple that they were taken out of
-    tuples: dict[str, list[ast.expr]] = {}
-    found: dict[tuple[int, ...] | None, str] = {}
-
-    def elements(value: ast.expr | None) -> list[ast.expr] | None:
-        """Those of a tuple, None for a tensor."""
-        if isinstance(value, ast.Tuple):
-            return value.elts
-        if isinstance(value, ast.BinOp) and (first := elements(value.left)) is not None:
-            return [*first, *(elements(value.right) or [value.right])]
-        return tuples.get(value.id) if isinstance(value, ast.Name) else None
-
-    def position(value: ast.expr) -> Any:
-        if isinstance(value, ast.Subscript):  # `outputs[1:]`, of which there is one
-            index: Any = value.slice.lower if isinstance(value.slice, ast.Slice) else value.slice
-            return index.value if isinstance(index, ast.Constant) else None
-        return positions.get(value.id) if isinstance(value, ast.Name) else None
-
-    for node in sorted(ast.walk(ast.parse(textwrap.dedent(source))), key=lambda node: getattr(node, "lineno", 0)):
-        if isinstance(node, ast.Assign):
-            target = node.targets[0]
-            if isinstance(target, ast.Tuple):
-                positions |= {name.id: i for i, name in enumerate(target.elts) if isinstance(name, ast.Name)}
-            elif isinstance(target, ast.Name) and (parts := elements(node.value)) is not None:
-                tuples[target.id] = parts
-        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) and node.target.id in tuples:
-            tuples[node.target.id] = [*tuples[node.target.id], *(elements(node.value) or [node.value])]
-        elif isinstance(node, ast.Return):
-            parts = elements(node.value)
-            rest = None if parts is None else tuple(position(part) for part in parts[1:])
-            known = isinstance(node.value, ast.Name | ast.BinOp | ast.Tuple) and None not in (rest or ())
-            found[rest if known else (-1,)] = ast.unparse(node)
-    if len(found) != 1 or (-1,) in found:
-        releases = f"Use a release of transformers between {numbered(OLDEST)} and {numbered(NEWEST)}."
-        native = layer_class.__module__.startswith("transformers.")
-        way_out = releases if native else "Have it return the same on every way through it."
-        raise ValueError(
-            f"{layer_class.__name__}.forward must return its hidden states, alone or in front of what its attention "
-            f"returned; got {'; '.join(found.values()) or 'no return'!r}. {way_out}"
-        )
-    return next(iter(found))
 
 
 def config_class_of(model_type: str) -> Any:
@@ -175,6 +117,12 @@ def config_class_of(model_type: str) -> Any:
         "package that has it, or load the model with an Auto class: AutoModelForCausalLM.from_pretrained(..., "
         "trust_remote_code=True)."
     )
+
+
+def has_own_init(config_type: Any) -> bool:
+    """Whether somebody wrote how a configuration is made, which a class derived from it is not made by."""
+    # What dataclasses generate is in no file.
+    return inspect.unwrap(config_type.__init__).__code__.co_filename != "<string>"
 
 
 def forget_model_type(model_type: str) -> None:

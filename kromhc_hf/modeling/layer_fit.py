@@ -7,7 +7,8 @@ import transformers
 from torch import nn
 
 from .families import COMPOSITE, REFUSED, ROWS
-from .host import CACHE_NAMES, cache_name, forward_parameters, returned_beside
+from .host import CACHE_NAMES, cache_name, forward_parameters
+from .layer_returns import returned_beside
 from .layer_spec import ByConfig, LayerSpec, attribute
 from .model_types import composite_model_types, supported_model_types
 from .outside_families import OutsideFamily, is_from_outside, outside_family
@@ -31,8 +32,8 @@ def check_model_type(model_type: str) -> None:
         supported = ", ".join(sorted({*supported_model_types(), *composite_model_types()}))
         raise ValueError(
             f"model_type must be one of the supported families ({supported}); "
-            f"got {model_type!r}. Say what its layers look like with register_family, have it read from their source "
-            "with derive_family, or use a supported model."
+            f"got {model_type!r}. Say what its layers look like with register_family (--family FILE), have it read "
+            "from their source with derive_family (--derive), or use a supported model."
         )
     if not has_family(model_type):
         raise ValueError(
@@ -90,7 +91,7 @@ def fit_layer(
     for spec in specs:
         problem = _misfit(layer, spec)
         if problem is None:
-            returned_beside(layer_class)
+            _check_returned(layer, layer_class, spec, label)
             return spec
         problems.append(problem)
     raise ValueError(f"{label} {'; or else it '.join(problems)}.")
@@ -113,6 +114,21 @@ def _check_origin(layer: nn.Module, label: str, outside: OutsideFamily | None) -
             f"{label} must be a {outside.layer_class}; {defined} row of {outside.model_type!r} describes. Remove the "
             "wrapper, or register the family with this layer_class."
         )
+
+
+def _check_returned(layer: nn.Module, layer_class: Any, spec: LayerSpec, label: str) -> None:
+    """Refuses a layer that returns what no module of its row does.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    run = {name for sublayer in spec.sublayers for name in sublayer.modules}
+    for beside in returned_beside(layer, layer_class) or ():
+        if beside.module is not None and beside.module not in run:
+            raise ValueError(
+                f"{label} must return behind its hidden states what a module of its row returned; got what "
+                f"{beside.module!r} did. Name it in the row."
+            )
 
 
 def check_own_forward(layer: nn.Module, position: int) -> None:

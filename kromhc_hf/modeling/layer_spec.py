@@ -6,6 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 
+# Beside the hyper-connections, where the streams begin and end in a learned way: on the first and on the last layer.
+END_NAMES = ("expand_hc", "readout_hc")
+
+
 @dataclass(frozen=True)
 class Sublayer:
     """One call inside a residual branch: `output = scale * post(times * module(input_scale * pre(input)))`.
@@ -56,7 +60,7 @@ class Step:
     """One residual step, `residual + scale * post(sum of the sublayers)`, with one hyper-connection.
 
     Args:
-        name: attribute that the hyper-connection gets.
+        name: attribute that the hyper-connection gets; ends in `_hc`, by which it is known in files and adapters.
         sublayers: what runs on the same branch input, side by side.
         post: attributes applied to the sum in order; a number is the probability of a functional dropout.
         scale: attribute with a factor on the sum.
@@ -66,6 +70,15 @@ class Step:
     sublayers: tuple[Sublayer, ...]
     post: tuple[str, ...] = ()
     scale: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or not self.name.endswith("_hc") or self.name in END_NAMES:
+            raise ValueError(
+                f"the name of a step must be one that ends in '_hc', and none of {', '.join(END_NAMES)}; got "
+                f"{self.name!r}. Use for example 'attn_hc'."
+            )
+        if not self.sublayers:
+            raise ValueError(f"a step must have at least one sublayer; {self.name!r} has none.")
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,12 @@ class LayerSpec:
     wide: str | None = None
     exact: bool = True
     derived: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.steps or len(set(self.names)) < len(self.steps):
+            raise ValueError(
+                f"a layer must have at least one step, and each a name of its own; got {', '.join(self.names) or ()}."
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

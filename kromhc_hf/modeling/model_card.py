@@ -66,7 +66,9 @@ CITATION = """## Citation
 """
 
 
-def model_card(config: Any, name: str, *, tags: tuple[str, ...] = (), weights: str = "all") -> str:
+def model_card(
+    config: Any, name: str, *, tags: tuple[str, ...] = (), weights: str = "all", derived: bool | None = None
+) -> str:
     """The text of README.md.
 
     Args:
@@ -74,6 +76,7 @@ def model_card(config: Any, name: str, *, tags: tuple[str, ...] = (), weights: s
         name: repository id, or what to write in its place.
         tags: beside the usual ones.
         weights: "all", "hyper-connections" where the repository holds no base weights, or "none" for a configuration.
+        derived: whether the row of its family was; None to look at the family.
     """
     origin = getattr(config, "hc_conversion", None) or {}
     usage = (USE_ON_BASE,) if weights == "hyper-connections" else (USE_WITH, USE_WITHOUT)
@@ -87,7 +90,7 @@ def model_card(config: Any, name: str, *, tags: tuple[str, ...] = (), weights: s
     parts = [
         _metadata(origin, task, tags, weights),
         f"# {name.rpartition('/')[2]}\n",
-        _description(config, origin, weights),
+        _description(config, origin, weights, has_derived_row(config) if derived is None else derived),
         "## Use\n",
         *(text.format(**named) for text in usage),
         *([_verification(origin["verification"])] if origin.get("verification") else []),
@@ -118,7 +121,7 @@ def _metadata(origin: dict[str, Any], task: str, tags: tuple[str, ...], weights:
     return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---", MARK, ""])
 
 
-def _description(config: Any, origin: dict[str, Any], weights: str) -> str:
+def _description(config: Any, origin: dict[str, Any], weights: str, derived: bool) -> str:
     name = origin.get("base_model")
     base = f"[{name}](https://huggingface.co/{name})" if name else ""
     at = f" at revision `{origin['base_revision']}`" if base and origin.get("base_revision") else ""
@@ -134,7 +137,7 @@ def _description(config: Any, origin: dict[str, Any], weights: str) -> str:
         f"| model type | `{config.model_type}` |\n|---|---|\n"
         f"| variant | `{config.hc_variant}` |\n| init | `{config.hc_init}` |\n| readout | `{config.hc_readout}` |\n"
         + (f"| layers with streams | {in_words(config.hc_layers)} |\n" if config.hc_layers is not None else "")
-        + ("| layers | described by a row that was derived from their source |\n" if has_derived_row(config) else "")
+        + ("| layers | described by a row that was derived from their source |\n" if derived else "")
     )
 
 

@@ -70,7 +70,7 @@ from .stream_module import StreamModule
 # What the files above import. Early releases (5.6) take along, from a folder, what this one names and nothing else.
 if TYPE_CHECKING:
     from .composite import replace_config  # noqa: F401
-    from .decoder_layer import END_NAMES  # noqa: F401
+    from .decoder_layer import PLACE_NAMES  # noqa: F401
     from .families import ATTENTION  # noqa: F401
     from .foreign_code import CODE_FIELDS  # noqa: F401
     from .generators import GENERATORS  # noqa: F401
@@ -87,6 +87,8 @@ if TYPE_CHECKING:
     from .kernels_triton_projection import gates  # noqa: F401
     from .kernels_triton_width import Width  # noqa: F401
     from .layer_fit import check_model_type  # noqa: F401
+    from .layer_returns import Beside  # noqa: F401
+    from .layer_source import own_path  # noqa: F401
     from .layer_spec import Sublayer  # noqa: F401
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401

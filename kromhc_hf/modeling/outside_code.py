@@ -20,6 +20,8 @@ from .outside_families import BOUND, BoundFamily
 
 # The file that joins the two.
 FAMILY_MODULE = "kromhc_family"
+# How a row that was read from the source says so there.
+DERIVED = "derived=True"
 
 TEMPLATE = '''{marker}
 """The row of {model_type!r}, whose own code is not in transformers; written when the model beside it was saved."""

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,14 @@ def auto_map(config_type: Any) -> dict[str, str]:
 def generated_names(config_type: Any) -> dict[str, str]:
     """The names of the generated classes of a family, by Auto class."""
     names = {"AutoConfig": config_type.__name__}
-    for auto_class in AUTO_CLASSES:
-        backbone = class_for_task(auto_class, config_type.backbone_config_class)
-        if backbone is not None:
-            names[auto_class.__name__] = class_name(backbone, config_type.backbone_config_class)
-    return names
+    base: Any = config_type.backbone_config_class
+    return names | {auto_name: class_name(backbone, base) for auto_name, backbone in _base_classes(base).items()}
+
+
+def _base_classes(config_type: Any) -> dict[str, Any]:
+    """The model classes of a family by the name of the Auto class that stands for each."""
+    found = {auto_class.__name__: class_for_task(auto_class, config_type) for auto_class in AUTO_CLASSES}
+    return {name: backbone for name, backbone in found.items() if backbone is not None}
 
 
 def code_files() -> list[Path]:
@@ -124,6 +128,8 @@ def _write_family(config: Any, folder: Path) -> bool:
     bound = bound_family(config)
     if bound is None:
         return True
+    # Those that its package has registered may not have been loaded.
+    bound = replace(bound, models={**_base_classes(bound.config_class), **bound.models})
     files, own = family_files(bound), [file.name for file in code_files()]
     taken = {name for name, text in (files or {}).items() if _holds_another(folder / name, text)}
     if files is None or taken | {*(files or {})} & {*own, f"{FAMILY_MODULE}.py"}:

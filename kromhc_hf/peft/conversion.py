@@ -141,7 +141,11 @@ def model_to_adapter(
 
 
 def adapter_to_checkpoint(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes the full model that an adapter and its base make, with the base's tokenizer and generation files.
 
@@ -149,6 +153,7 @@ def adapter_to_checkpoint(
         source: folder of an adapter that was made with `KromHCPeftConfig`.
         destination: folder to make; must not exist or be empty.
         base: folder or Hub id of the base, by default the one that the adapter names.
+        trust_remote_code: whether code in the base may be run, as of `convert_checkpoint`.
 
     Raises:
         FileNotFoundError: if the base cannot be found.
@@ -167,8 +172,8 @@ def adapter_to_checkpoint(
         raise ValueError(f"{path} must name its base in base_model_name_or_path; got {named!r}. Give it with --base.")
     config, destination = KromHCPeftConfig.from_pretrained(str(source)), Path(destination)
     tensors = model_keys(_adapter_tensors(Path(source)))
-    checkpoint = BaseCheckpoint.open(named, None if base else config.revision)
-    model = StoredModel.open(checkpoint.folder).load()
+    checkpoint = BaseCheckpoint.open(named, None if base else config.revision, code=trust_remote_code)
+    model = StoredModel.open(checkpoint.folder, trust_remote_code=trust_remote_code).load()
     plan_adapter(model, config)
     apply_hyper_connections(model, **config.stream_options().to_dict())
     load_hyper_connection_state_dict(model, tensors, source)
@@ -191,7 +196,11 @@ def _adapter_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def checkpoint_to_adapter(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes the hyper-connections of a model as an adapter of its base, whose other tensors must be the same.
 
@@ -199,18 +208,20 @@ def checkpoint_to_adapter(
         source: folder of a model with hyper-connections.
         destination: folder to make; must not exist or be empty.
         base: folder or Hub id of the base, by default the one that the model says it was converted from.
+        trust_remote_code: whether code in the two may be run, as of `convert_checkpoint`.
 
     Raises:
         FileExistsError: if the destination is not empty.
         ValueError: if the base is not known, or has other weights than the model.
     """
-    model = StoredModel.open(source).with_streams().load()
+    model = StoredModel.open(source, trust_remote_code=trust_remote_code).with_streams().load()
     origin = getattr(model.config, "hc_conversion", None) or {}
     named, revision = (base, None) if base else (origin.get("base_model"), origin.get("base_revision"))
     if not named:
         raise ValueError(f"the base of an adapter must be known; {source} does not say its own. Give it with --base.")
-    own, folder = model.state_dict(), BaseCheckpoint.open(named, revision).folder
-    for name, tensor in StoredModel.open(folder).load().state_dict().items():
+    own, folder = model.state_dict(), BaseCheckpoint.open(named, revision, code=trust_remote_code).folder
+    plain = StoredModel.open(folder, trust_remote_code=trust_remote_code).load()
+    for name, tensor in plain.state_dict().items():
         if name not in own or not torch.equal(own[name], tensor):
             raise ValueError(
                 f"the base of an adapter must have the same weights as the model; {named} differs in {name!r}. "

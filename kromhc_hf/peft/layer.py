@@ -11,17 +11,16 @@ from transformers.modeling_utils import PreTrainedModel
 from ..modeling.arrangement import arrange, connected_layer
 from ..modeling.connection_plan import Decoder
 from ..modeling.decoder_layer import (
-    END_NAMES,
     PLACE_NAMES,
     HyperConnectedLayer,
-    LayerArguments,
-    layer_arguments,
+    Interface,
+    layer_interface,
     layer_namespace,
 )
 from ..modeling.host import record_outputs_of
 from ..modeling.hyper_connection import Mappings
 from ..modeling.layer_loop import methods_for_streams
-from ..modeling.layer_spec import LayerSpec, attribute
+from ..modeling.layer_spec import END_NAMES, LayerSpec, attribute
 from ..modeling.model_forward import with_readout
 from ..modeling.options import StreamOptions
 from ..modeling.stream_module import StreamModule
@@ -129,7 +128,7 @@ class AdaptedLayer(HyperConnectedLayer):
         # Adapted classes have the names of others: what they are generated from is pickled instead.
         if "layer_class" not in vars(type(self)):
             return super().__reduce_ex__(protocol)
-        return _restored_layer, (self.layer_class, self.spec, tuple(self.arguments.items())), self.__dict__
+        return _restored_layer, (self.layer_class, self.spec, self.interface), self.__dict__
 
 
 class AdaptedModel:
@@ -166,8 +165,8 @@ class AdaptedModel:
 # Adapted classes keep the name and module of the family's: to everything that goes by names (device maps, FSDP
 # wrapping, recorded outputs, auto_mapping in the adapter's config) the base is still the plain model.
 @functools.cache
-def _adapted_layer_class(layer_class: type[nn.Module], spec: LayerSpec, arguments: LayerArguments) -> type:
-    namespace = layer_namespace(layer_class, spec, arguments)
+def _adapted_layer_class(layer_class: type[nn.Module], spec: LayerSpec, interface: Interface) -> type:
+    namespace = layer_namespace(layer_class, spec, interface)
     return type(layer_class.__name__, (AdaptedLayer, layer_class), namespace | _same_name(layer_class))
 
 
@@ -198,7 +197,7 @@ def _same_name(cls: type) -> dict[str, str]:
 def adapt_layer(layer: Any, spec: LayerSpec) -> None:
     """Turns a checked decoder layer into its adapted class, in place, with sites that are still empty."""
     layer_class: Any = type(layer)
-    layer.__class__ = _adapted_layer_class(layer_class, spec, layer_arguments(layer, spec))
+    layer.__class__ = _adapted_layer_class(layer_class, spec, layer_interface(layer, spec))
     for name in spec.names:
         layer.add_module(name, StreamSite())
     for name in END_NAMES:

@@ -18,9 +18,8 @@ from torch import nn
 from ..applying import has_hyper_connections
 from ..conversion.files import ADAPTER_TYPE
 from ..modeling.connection_plan import ConnectionPlan, find_decoder, present_plan
-from ..modeling.decoder_layer import END_NAMES, new_connections
-from ..modeling.families import ROWS
-from ..modeling.layer_spec import layer_kinds
+from ..modeling.decoder_layer import new_connections
+from ..row_contradiction import check_against_source
 from .config import KromHCPeftConfig, peft_type
 from .layer import (
     TENSOR_PREFIX,
@@ -58,14 +57,15 @@ def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
     Raises:
         ValueError: naming the modules that the adapter asks for and those that the model has.
     """
-    names = {name for row in ROWS.values() for spec in layer_kinds(row) for name in spec.names}
-    wanted = set(getattr(config, "modules_to_save", None) or ()) & {*names, *END_NAMES}
-    present = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-    if wanted and not wanted & present:
+    # By the ending alone: a row from outside names its steps itself, and may not be known here.
+    wanted = {name for name in getattr(config, "modules_to_save", None) or () if name.endswith("_hc")}
+    paths = [path for path, _ in model.named_modules() if path.endswith("_hc")]
+    if wanted and not any(path.endswith(name) for path in paths for name in wanted):
+        present = sorted({path.rpartition(".")[2] for path in paths})
         raise ValueError(
             f"The adapter has modules_to_save={sorted(wanted)}, so it must be loaded on a model with these "
             f"hyper-connections; {type(model).__name__} has "
-            f"{'block_hc instead' if 'block_hc' in present else 'none'}. Load "
+            f"{', '.join(present) or 'none'}. Load "
             f"{config.base_model_name_or_path or 'the model with hyper-connections that it was made for'} as its base."
         )
 
@@ -83,6 +83,8 @@ def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, 
             f"The base of a KromHCPeftConfig must be a plain model; {type(model).__name__} has hyper-connections of "
             'its own. Train those: freeze_backbone(model), or LoraConfig(..., modules_to_save=["attn_hc", "ffn_hc"]).'
         )
+    plan = present_plan(find_decoder(model))
+    check_against_source(plan)
     base_config = plan.decoder.owners[-1].config
     actual = {
         "base_model_type": model.config.model_type,

@@ -59,7 +59,7 @@ def test_modules_to_save_trains_and_saves_hyper_connections(tmp_path, model_type
 
 
 def test_modules_to_save_of_a_parallel_block_is_its_one_hyper_connection():
-    with pytest.raises(ValueError, match="GPTNeoXForCausalLM has block_hc instead"):
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM has block_hc"):
         get_peft_model(retrofitted("gpt_neox"), LoraConfig(modules_to_save=["attn_hc", "ffn_hc"]))
     model = get_peft_model(retrofitted("gpt_neox"), LoraConfig(modules_to_save=["block_hc"]))
     assert sum("block_hc.modules_to_save" in n for n, p in model.named_parameters() if p.requires_grad) == 3 * 3

@@ -1,4 +1,4 @@
-"""Two bases whose code is not in transformers: their rows, and folders as a repository of the Hub would have them."""
+"""Bases whose code is not in transformers: their rows, and folders as a repository of the Hub would have them."""
 
 import importlib
 import json
@@ -17,6 +17,8 @@ AMBER = sequential(Sublayer("attention", "first_norm"), Sublayer("feed_forward",
 BASALT: LayerSpec = block(
     Sublayer("attn", "ln", scale="attn_scale"), Sublayer("fc", "ln", scale="fc_scale"), layers="blocks"
 )
+
+CINDER = sequential(Sublayer("attn", "attn_norm"), Sublayer("mlp", "mlp_norm"))
 
 
 class Base(NamedTuple):
@@ -47,6 +49,17 @@ OUTSIDE = {
             "AutoConfig": "configuration_basalt.BasaltConfig",
             "AutoModel": "modeling_basalt.BasaltTrunk",
             "AutoModelForCausalLM": "modeling_basalt.BasaltForCausalLM",
+        },
+    ),
+    # With the habits of flash-linear-attention.
+    "cinder": Base(
+        CINDER,
+        "CinderBlock",
+        "CinderForCausalLM",
+        {
+            "AutoConfig": "configuration_cinder.CinderConfig",
+            "AutoModel": "modeling_cinder.CinderModel",
+            "AutoModelForCausalLM": "modeling_cinder.CinderForCausalLM",
         },
     ),
 }
