@@ -1,4 +1,7 @@
-"""The command line: results on stdout, messages on stderr, exit codes 0, 1 and 2, never a traceback."""
+"""The command line: results on stdout, messages on stderr, exit codes 0, 1 and 2, never a traceback.
+
+It is longer than other files because it goes through all commands.
+"""
 
 import json
 import subprocess

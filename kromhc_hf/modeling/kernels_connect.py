@@ -13,14 +13,14 @@ from .kernels_triton import read, write
 from .kernels_triton_language import LARGEST_OUTPUTS
 from .kernels_triton_projection import project
 from .kernels_triton_width import Depth, Width
-from .mixing import Mixing
+from .mixing import IfDynamic, Mixing
 from .recomputation import Origin, origin_of, remember, saved_as
 
 
 # From streams `[..., n, C]`, weight, bias, alpha, the mixing, eps and how many branches share the streams that are kept
 # (see recomputation.py) to the branch input `[..., C]` and the depth connection, which takes the branch output.
 Connect = Callable[
-    [Tensor, Tensor | None, Tensor, Tensor | None, Mixing, float, int], tuple[Tensor, Callable[[Tensor], Tensor]]
+    [Tensor, IfDynamic, Tensor, IfDynamic, Mixing, float, int], tuple[Tensor, Callable[[Tensor], Tensor]]
 ]
 
 
@@ -87,13 +87,7 @@ def fuses(weight: Tensor | None, mixing: Mixing) -> bool:
 
 
 def connect_triton(
-    streams: Tensor,
-    weight: Tensor | None,
-    bias: Tensor,
-    alpha: Tensor | None,
-    mixing: Mixing,
-    eps: float,
-    branches: int = 0,
+    streams: Tensor, weight: IfDynamic, bias: Tensor, alpha: IfDynamic, mixing: Mixing, eps: float, branches: int = 0
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The same in Triton, with the gates in the kernel of the projection where they are sigmoids of it."""
     if not fuses(weight, mixing):

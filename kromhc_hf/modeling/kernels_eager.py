@@ -31,7 +31,7 @@ from .kernels_eager_passes import (
     weight_gradient,
     write,
 )
-from .mixing import Mixing, cast
+from .mixing import IfDynamic, Mixing, cast
 from .recomputation import Origin, origin_of, remember
 
 
@@ -203,13 +203,7 @@ def chain(
 
 
 def connect(
-    streams: Tensor,
-    weight: Tensor | None,
-    bias: Tensor,
-    alpha: Tensor | None,
-    mixing: Mixing,
-    eps: float,
-    branches: int = 0,
+    streams: Tensor, weight: IfDynamic, bias: Tensor, alpha: IfDynamic, mixing: Mixing, eps: float, branches: int = 0
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The branch input `[..., C]` of streams `[..., n, C]`, and the depth connection, which takes the branch output.
 
@@ -244,13 +238,7 @@ def connect(
 
 
 def connect_reference(
-    streams: Tensor,
-    weight: Tensor | None,
-    bias: Tensor,
-    alpha: Tensor | None,
-    mixing: Mixing,
-    eps: float,
-    branches: int = 0,
+    streams: Tensor, weight: IfDynamic, bias: Tensor, alpha: IfDynamic, mixing: Mixing, eps: float, branches: int = 0
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The same in operations that autograd knows, differentiable any number of times and in forward mode.
 

@@ -10,6 +10,8 @@ from .option_table import SINKHORN_ITERATIONS
 
 
 PAPER_RESIDUAL_LOGIT = 8.0
+# Static mappings have neither weight nor alpha.
+IfDynamic = Tensor | None
 
 
 class Mixing:

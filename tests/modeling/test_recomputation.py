@@ -1,4 +1,7 @@
-"""Streams that are written again in the backward pass: the same bits everywhere, and memory that is not kept."""
+"""Streams that are written again in the backward pass: the same bits everywhere, and memory that is not kept.
+
+It is longer than other files because every way to run a model is tried on the same models.
+"""
 
 import copy
 import gc

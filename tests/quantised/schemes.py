@@ -2,6 +2,7 @@
 
 A method that quantises a model while loading it makes its own. One that wants data or a GPU for that gets a checkpoint
 of random numbers in its format: what they are does not matter where two models that hold the same are compared.
+The file is longer than others because it is one list.
 """
 
 import json
