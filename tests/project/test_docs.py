@@ -98,11 +98,15 @@ def test_what_the_evidence_says_about_pairs_of_arms():
     retrofit, scratch = ({name: arm["losses"] for name, arm in summary["arms"].items()} for summary in summaries)
     four_streams = ["identity", "mhc", "mhc_lite", *(f"kromhc{tail}" for tail in ("", " logit 2", " logit 8"))]
     four_streams += [name for name in retrofit if "unequal writes" in name or "readout" in name or "embedding" in name]
-    from_scratch = [name for name in scratch if not name.startswith("residual")]
-    assert (len(four_streams), len(from_scratch)) == (12, 5)
+    from_scratch = ["branch scale .769", "hc", "mhc", "kromhc", "identity", "one_sided"]
+    assert len(four_streams) == 12
     for arms, names in ((retrofit, four_streams), (scratch, from_scratch)):
         for one, other in combinations(names, 2):
             assert not paired_difference(arms[one], arms[other]).separates, (one, other)
+    against_control = paired_difference(scratch["kromhc"], scratch["branch scale .769"])
+    assert f"minus that control is {with_error(against_control._asdict(), '+')}, not told apart" in page
+    for arm in ("kromhc", "branch scale .769", "residual wider", "branch scale learned", "kromhc lossless init"):
+        assert with_error(paired_difference(scratch[arm], scratch["residual"])._asdict(), "+") in page, arm
     for one, other in (("kromhc static", "kromhc"), ("kromhc logit 8", "kromhc logit 2")):
         number = with_error(paired_difference(retrofit[one], retrofit[other])._asdict(), "").replace("0.", ".")
         assert number in page, number
