@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor clients deepspeed quantised clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor clients deepspeed quantised release clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -90,6 +90,12 @@ quantised: .venv-quantised/.ready
 		accelerate bitsandbytes torchao setuptools wheel
 	BUILD_CUDA_EXT=0 .venv-quantised/bin/pip install --no-deps --no-build-isolation --requirement tests/quantised/packages.txt
 	@touch $@
+
+# Wheel and source distribution in dist, checked as a package index would.
+release: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) .venv-floor .venv-quantised .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

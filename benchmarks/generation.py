@@ -17,6 +17,9 @@ def main() -> None:
     parser = arguments(__doc__, rounds=9)
     parser.add_argument("model", help="folder or Hub id of a checkpoint without streams")
     parser.add_argument("--streams", type=int, nargs="+", default=[4])
+    parser.add_argument(
+        "--stream-layers", nargs="+", default=["all"], help="layers with streams, each a slice like 4:6"
+    )
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--compile", action="store_true", help="measure compiled decoding with a static cache as well")
@@ -25,7 +28,9 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[options.dtype]).to(options.device).eval()
     models = {"no streams": base}
     for n in options.streams:
-        models[f"n={n}"] = apply_hyper_connections(copy.deepcopy(base), n)
+        for layers in options.stream_layers:
+            name = f"n={n}" + ("" if layers == "all" else f", layers {layers}")
+            models[name] = apply_hyper_connections(copy.deepcopy(base), n, layers=layers)
     prompt = torch.randint(base.config.vocab_size, (1, options.prompt), device=options.device)
 
     candidates = {}

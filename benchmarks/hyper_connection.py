@@ -2,17 +2,51 @@
 
 python -m benchmarks.hyper_connection                                   # CPU, fp32, C = 768, T = 1024
 python -m benchmarks.hyper_connection --device cuda --dtype bfloat16 --hidden-size 4096 --tokens 16384
+python -m benchmarks.hyper_connection --official ../KromHC              # beside the authors' module
+
+For the last, clone https://github.com/wz1119/KromHC, whose module needs the package einops. It is given the same
+streams in its own layout, and the other paths its weights.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.measuring import DTYPES, arguments, bars, eager_kromhc, in_turn, peak_bytes, ratio, report, saved_bytes
-from kromhc_hf import HyperConnection
+from kromhc_hf import HyperConnection, import_reference_state_dict
 from kromhc_hf.modeling.kernels import KERNELS
+
+
+# The authors' module in a checkout of their repository.
+OFFICIAL = "hyper_conn/Kromhc.py"
+
+
+class Way(NamedTuple):
+    """A way from streams to new streams, and what it is differentiated by."""
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    streams: torch.Tensor
+    parameters: list[torch.Tensor]
+    cotangent: torch.Tensor
+    expanded: torch.Tensor
+
+    def forward(self) -> None:
+        with torch.no_grad():
+            self.run(self.streams)
+
+    def both(self) -> Any:
+        return self.gradients(self.cotangent)
+
+    def one_gradient(self) -> Any:
+        return self.gradients(self.expanded)
+
+    def gradients(self, cotangent: torch.Tensor) -> Any:
+        return torch.autograd.grad(self.run(self.streams), [self.streams, *self.parameters], cotangent)
 
 
 def main() -> None:
@@ -22,7 +56,10 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--kernel", choices=KERNELS, default="auto")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--official", type=Path, metavar="FOLDER", help="a checkout of the authors' repository")
     options = parser.parse_args()
+    if options.official and not (options.official / OFFICIAL).is_file():
+        parser.error(f"--official must be a checkout with {OFFICIAL} in it; got {options.official}.")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows = [row for n in options.streams for row in measure(n, options)]
@@ -50,38 +87,55 @@ def eager_step(module: HyperConnection, streams: torch.Tensor, cotangent: torch.
     return lambda: torch.autograd.grad(eager(module, streams), [streams, *module.parameters()], cotangent)
 
 
+def official(n: int, options: Any) -> torch.nn.Module:
+    """The authors' module with random weights."""
+    if str(options.official) not in sys.path:
+        sys.path.append(str(options.official))
+    made_by = import_module(OFFICIAL.removesuffix(".py").replace("/", ".")).KromHC
+    module = made_by(n, dim=options.hidden_size, layer_index=0).to(options.device)
+    for parameter in (module.dynamic_alpha_fn, module.dynamic_beta_fn):
+        torch.nn.init.normal_(parameter, std=0.02)
+    return module
+
+
+def connected(module: torch.nn.Module, streams: torch.Tensor) -> torch.Tensor:
+    branch_input, write = module(streams)
+    return write(branch_input)
+
+
+def official_way(module: torch.nn.Module, way: Way) -> Way:
+    """The same way by the authors' module, whose streams lie side by side in the batch: here `[n, T, C]`."""
+    streams, cotangent, expanded = (t.detach().squeeze(0).transpose(0, 1) for t in (way.streams, *way[-2:]))
+    leaf = streams.contiguous().requires_grad_()
+    theirs = Way(partial(connected, module), leaf, list(module.parameters()), cotangent.contiguous(), expanded)
+    found, expected = way.both()[0].squeeze(0), theirs.both()[0].transpose(0, 1)
+    # Rounded once or twice more in the dtype of the streams.
+    allowed = max(1e-5, 8 * torch.finfo(found.dtype).eps) * expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+    return theirs
+
+
 def measure(n: int, options: Any) -> list[dict[str, Any]]:
     module, streams, cotangent = made(n, options)
-    module.kernel, parameters = options.kernel, list(module.parameters())
-    target = torch.empty_like(streams)
+    theirs = official(n, options) if options.official else None
+    if theirs is not None:
+        module = import_reference_state_dict(theirs.state_dict())
+    module.kernel, target = options.kernel, torch.empty_like(streams)
+    expanded = cotangent[..., :1, :].contiguous().expand_as(streams)
 
-    def default(x: torch.Tensor) -> torch.Tensor:
-        branch_input, write = module(x)
-        return write(branch_input)
+    def ours(run: Callable[[torch.Tensor], torch.Tensor]) -> Way:
+        return Way(run, streams, list(module.parameters()), cotangent, expanded)
 
-    paths: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"eager": partial(eager, module), "default": default}
+    ways = {"eager": ours(partial(eager, module)), "default": ours(partial(connected, module))}
+    if theirs is not None:
+        ways["official"] = official_way(theirs, ways["default"])
     if not options.no_compile:
         torch.compiler.reset()
-        paths["compiled"] = torch.compile(default, fullgraph=True)
+        ways["compiled"] = ours(partial(torch.compile(connected, fullgraph=True), module))
 
-    def forward(path: Callable) -> Callable:
-        def run() -> None:
-            with torch.no_grad():
-                path(streams)
-
-        return run
-
-    def both(path: Callable) -> Callable:
-        return lambda: torch.autograd.grad(path(streams), [streams, *parameters], cotangent)
-
-    def expanded(path: Callable) -> Callable:
-        return lambda: torch.autograd.grad(path(streams), [streams, *parameters], one.expand_as(streams))
-
-    one = cotangent[..., :1, :].contiguous()
-    candidates = {"copy": lambda: target.copy_(streams.detach())}
-    for name, path in paths.items():
-        candidates[f"{name} forward"], candidates[f"{name} both"] = forward(path), both(path)
-        candidates[f"{name} expanded"] = expanded(path)
+    candidates: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(streams.detach())}
+    for name, way in ways.items():
+        candidates |= {f"{name} forward": way.forward, f"{name} both": way.both, f"{name} expanded": way.one_gradient}
     seconds = in_turn(candidates, options)
 
     size = streams.element_size() * options.tokens * options.hidden_size
@@ -94,11 +148,12 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
         "expanded": "forward + backward, one gradient for all streams",
     }
     rows = []
-    for name, path in paths.items():
+    for name, way in ways.items():
         for part, elements in ideal.items():
             taken = seconds[f"{name} {part}"]
             rate = [elements * size / second for second in taken]
-            kept = None if part == "forward" else saved_bytes(lambda p=path: p(streams), [streams, *parameters])
+            known = [way.streams, *way.parameters]
+            kept = None if part == "forward" else saved_bytes(partial(way.run, way.streams), known)
             rows.append(
                 {
                     "n": n,
@@ -106,6 +161,7 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
                     "pass": passes[part],
                     "ms": 1e3 * min(taken),
                     "times eager": ratio(seconds[f"eager {part}"], taken),
+                    **({} if theirs is None else {"times official": ratio(seconds[f"official {part}"], taken)}),
                     "copies": ratio(taken, seconds["copy"]),
                     "share of copy bandwidth": ratio(rate, copy_rate),
                     "peak bytes per token": peak_bytes(candidates[f"{name} {part}"], options.device) // options.tokens,

@@ -26,6 +26,20 @@ def main() -> None:
     report([row for n in options.streams for row in measure(n, options)], options)
 
 
+def elements(n: int) -> dict[str, int]:
+    """What each kernel reads and writes, in elements per token and C: those that read, write, and the gradients."""
+    return {
+        "gates": n,
+        "read": n + 1,
+        "write": 2 * n + 1,
+        "write_backward": 3 * n + 2,
+        "gate_gradients": n + 1,
+        "streams_gradient": 3 * n + 1,
+        "weight_gradient": n,
+        "read_backward": 2 * n + 1,
+    }
+
+
 def measure(n: int, options: Any) -> list[dict[str, Any]]:
     tokens, width, device = options.tokens, options.hidden_size, options.device
     outputs = sum(VARIANTS["kromhc"](n).sizes)
@@ -42,32 +56,26 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
     weight, bias, alpha = random(outputs, n * width) / 100, random(outputs), random(3)
     products, squares, logits = random(tokens, outputs), random(tokens), random(tokens, outputs - 2 * n)
     gate_inputs = (h_pre, h_post, grad_h_post, logits, products, squares, alpha, 1e-6)
-    # Each with the elements per token and C that it moves.
-    calls: dict[str, tuple[int, Callable[[], Any]]] = {
-        "gates": (n, lambda: gates(streams, weight, bias, alpha, 1e-6)),
-        "read": (n + 1, lambda: read(streams, h_pre)),
-        "write": (2 * n + 1, lambda: write(streams, h_res, h_post, output, True)),
-        "write_backward": (3 * n + 2, lambda: write_backward(grad, streams, h_res, h_post, output)),
-        "gate_gradients": (n + 1, lambda: gate_gradients(grad_input, streams, *gate_inputs)),
-        "streams_gradient": (
-            3 * n + 1,
-            lambda: streams_gradient(known, grad_input, streams, h_pre, weight, products, squares),
-        ),
-        "weight_gradient": (n, lambda: weight_gradient(streams.flatten(1), products)),
-        "read_backward": (2 * n + 1, lambda: read_backward(grad_input, streams, h_pre)),
+    calls: dict[str, Callable[[], Any]] = {
+        "gates": lambda: gates(streams, weight, bias, alpha, 1e-6),
+        "read": lambda: read(streams, h_pre),
+        "write": lambda: write(streams, h_res, h_post, output, True),
+        "write_backward": lambda: write_backward(grad, streams, h_res, h_post, output),
+        "gate_gradients": lambda: gate_gradients(grad_input, streams, *gate_inputs),
+        "streams_gradient": lambda: streams_gradient(known, grad_input, streams, h_pre, weight, products, squares),
+        "weight_gradient": lambda: weight_gradient(streams.flatten(1), products),
+        "read_backward": lambda: read_backward(grad_input, streams, h_pre),
     }
-    seconds = in_turn(
-        {"copy": lambda: target.copy_(streams)} | {name: run for name, (_, run) in calls.items()}, options
-    )
+    seconds = in_turn({"copy": lambda: target.copy_(streams)} | calls, options)
     return [
         {
             "n": n,
             "kernel": name,
-            "elements per token / C": elements,
+            "elements per token / C": moved,
             "ms": 1e3 * min(seconds[name]),
-            "share of copy bandwidth": ratio(seconds["copy"], seconds[name]) * elements / (2 * n),
+            "share of copy bandwidth": ratio(seconds["copy"], seconds[name]) * moved / (2 * n),
         }
-        for name, (elements, _) in calls.items()
+        for name, moved in elements(n).items()
     ]
 
 

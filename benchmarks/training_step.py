@@ -25,6 +25,9 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument(
+        "--stream-layers", nargs="+", default=["all"], help="layers with streams, each a slice like 5:8"
+    )
     parser.add_argument("--kernel", choices=KERNELS, default="auto")
     parser.add_argument("--compile", action="store_true", help="measure the compiled models as well")
     options = parser.parse_args()
@@ -33,8 +36,10 @@ def main() -> None:
 
     tokens = torch.randint(options.vocabulary, (options.batch, options.sequence), device=options.device)
     steps = {}
-    for variant in [None, *options.variants]:
-        name, model = variant or "no streams", make(variant, options)
+    with_streams = [(variant, layers) for variant in options.variants for layers in options.stream_layers]
+    for variant, layers in [(None, "all"), *with_streams]:
+        name = f"{variant or 'no streams'}{'' if layers == 'all' else f', layers {layers}'}"
+        model = make(variant, layers, options)
         steps[name] = step(model, model, tokens)
         if options.compile:
             steps[f"{name}, compiled"] = step(model, torch.compile(model), tokens)
@@ -54,7 +59,7 @@ def main() -> None:
         bars(rows, lambda row: row["model"], "times no streams", options.plot)
 
 
-def make(variant: str | None, options: Any) -> Any:
+def make(variant: str | None, layers: str, options: Any) -> Any:
     config = LlamaConfig(
         hidden_size=options.hidden_size,
         intermediate_size=4 * options.hidden_size,
@@ -67,7 +72,7 @@ def make(variant: str | None, options: Any) -> Any:
     with torch.device(options.device):
         model = LlamaForCausalLM(config).to(DTYPES[options.dtype])
     if variant is not None:
-        apply_hyper_connections(model, options.streams, variant)
+        apply_hyper_connections(model, options.streams, variant, layers=layers)
         for module in model.modules():
             if isinstance(module, HyperConnection):
                 module.kernel = options.kernel

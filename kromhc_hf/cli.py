@@ -240,7 +240,9 @@ def inspect(
 def compare(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint without hyper-connections.")],
     text: Annotated[Path, typer.Argument(help="A text to train on; its last tenth is held out.")],
-    directory: Annotated[Path, typer.Option("--output", help="Folder for runs, table and pictures; goes on there.")],
+    directory: Annotated[
+        Path, typer.Option("--output", help="Folder for runs, table and pictures; goes on there.")
+    ] = Path("comparison"),
     variants: Annotated[str, typer.Option(help="Names of variants, with commas between.")] = "kromhc",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm; arms with one seed see the same batches.")] = 3,
@@ -345,6 +347,49 @@ def families(
         for row in part:
             table.add_row(row.model_type, escape(row.description), *([row.exactness] if supported else []))
         output.print(table)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model, with hyper-connections or without.")],
+    family: Family = None,
+) -> None:
+    """Serve a model over HTTP as `transformers serve` does, whose options it takes (see its --help)."""
+    from .serving import serve as run_server
+
+    run_family_file(family)
+    run_server([model, *context.args])
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a model, to tell about it too.")] = None,
+    family: Family = None,
+    trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what is installed, which kernel would run and why, and how the tools that are there are used."""
+    from .doctor import diagnosis
+
+    run_family_file(family)
+    found = diagnosis(model, trust_remote_code)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(show_header=False, box=SIMPLE, padding=(0, 1, 0, 0))
+    for name, value in found["versions"].items():
+        note = f" ({found['transformers']})" if name == "transformers" else ""
+        table.add_row(name, "not installed" if value is None else escape(f"{value}{note}"))
+    kernel = found["kernel"]
+    table.add_row("kernel", escape(f"{kernel['runs']} on {kernel['device']}: {kernel['why']}"))
+    for tool in found["tools"]:
+        table.add_row(escape(f"{tool['tool']} {tool['installed']}"), escape(f"{tool['outcome']}. {tool['use']}"))
+    if "model" in found:
+        row = found["model"]
+        support = f"supported, {row['exactness']}: " if row["supported"] else "refused: "
+        table.add_row(escape(f"model type {row['model_type']}"), escape(support + row["description"]))
+    output.print(table)
 
 
 def _print_inspection(inspection: "Inspection") -> None:

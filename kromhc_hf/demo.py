@@ -1,7 +1,7 @@
 """What the package is for, on a tiny model that comes with it: converted, trained beside its base, undone, shown."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .applying import remove_hyper_connections
 from .conversion.convert import convert_checkpoint
-from .conversion.report import ConversionReport
+from .demo_page import Curve, DemoReport, write_demo_page
 from .inspection.plots import require_matplotlib
 from .inspection.recording import BranchRecord, record_mappings
 from .training import optimizer_param_groups
@@ -26,30 +26,6 @@ HELD_OUT_SHARE = 0.1
 CONTEXT, BATCH, EVALUATIONS = 128, 8, 6
 LEARNING_RATE, HYPER_CONNECTION_LEARNING_RATE = 3e-4, 1e-2
 PROMPT = "Once upon a time"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Losses on held-out text in nats per token, and after how many steps of training."""
-
-    steps: list[int]
-    losses: list[float]
-
-
-@dataclass(frozen=True)
-class DemoReport:
-    """What the demo measured, and where its results are."""
-
-    conversion: ConversionReport
-    without_streams: Curve
-    with_streams: Curve
-    loss_reloaded: float
-    undone: bool  # whether the base came back bit for bit
-    text_before: str
-    text_after: str
-    page: Path
-    converted: Path
-    tuned: Path
 
 
 def run_demo(directory: Path, *, steps: int, console: Console) -> DemoReport:
@@ -65,9 +41,6 @@ def run_demo(directory: Path, *, steps: int, console: Console) -> DemoReport:
         ValueError: if matplotlib is not installed.
     """
     require_matplotlib()
-    # Not in front of the check, which is about what it imports.
-    from .demo_page import write_demo_page
-
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"output must be a new or empty folder; {directory} is not empty. Remove it first.")
     converted, tuned, page = directory / "converted", directory / "fine-tuned", directory / "demo.html"

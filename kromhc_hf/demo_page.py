@@ -1,10 +1,12 @@
 """The page of the demo: what was proved, two losses in one picture, and the mixing matrices before and after."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .conversion.report import ConversionReport
 from .inspection.inspection import mean_mapping
 from .inspection.page import Picture, Section, drawn, page
 from .inspection.plots import WIDTH, matrix_figure, new_figure, scale_figure, style
@@ -16,14 +18,36 @@ from .inspection.themed_svg import INK, SERIES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .demo import Curve, DemoReport
-
 SCALE = "weight (no unit), mean over tokens"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses on held-out text in nats per token, and after how many steps of training."""
+
+    steps: list[int]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo measured, and where its results are."""
+
+    conversion: ConversionReport
+    without_streams: Curve
+    with_streams: Curve
+    loss_reloaded: float
+    undone: bool  # whether the base came back bit for bit
+    text_before: str
+    text_after: str
+    page: Path
+    converted: Path
+    tuned: Path
 
 
 def write_demo_page(
     path: Path,
-    found: "DemoReport",
+    found: DemoReport,
     before: Mapping[str, BranchRecord],
     after: Mapping[str, BranchRecord],
     conversion: dict[str, Any],
@@ -79,7 +103,7 @@ def _matrices(title: str, records: Mapping[str, BranchRecord]) -> Section:
     return Section(title, "", pictures)
 
 
-def losses_figure(plain: "Curve", streams: "Curve") -> "Figure":
+def losses_figure(plain: Curve, streams: Curve) -> "Figure":
     """The losses of the two models over the steps of training."""
     figure = new_figure(WIDTH, 2.8)
     panel = figure.subplots()

@@ -1,6 +1,7 @@
 """The table of supported and refused model types, rendered from the same data that the models are built from.
 
-`python -m kromhc_hf.families_table README.md` writes it between the markers of a file.
+`python -m kromhc_hf.families_table docs/models.md README.md` writes it between the markers of a page, and the counts
+between those of another.
 """
 
 import sys
@@ -13,6 +14,7 @@ from .modeling.releases import NEWEST, has_family, numbered
 
 
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
+COUNTS = "<!-- counts:begin -->", "<!-- counts:end -->"
 EXACT = "bitwise equal"
 REORDERED = "equal up to the rounding of one sum"
 
@@ -88,6 +90,25 @@ def write_families(file: Path) -> None:
     put_between(file, BEGIN, END, families_markdown())
 
 
+def families_counts() -> str:
+    """How many model types are supported, in a sentence."""
+    rows = _all_families()
+    text, composite = ([row for row in rows if row.supported and bool(row.text_model) == part] for part in (0, 1))
+    return (
+        f"{len(text)} model types of `AutoModelForCausalLM` in transformers {numbered(NEWEST)}, and "
+        f"{len(composite)} of several modalities around such a text model."
+    )
+
+
+def write_counts(file: Path) -> None:
+    """Puts the sentence between its markers of a Markdown file.
+
+    Raises:
+        ValueError: if the file does not have the two markers.
+    """
+    put_between(file, *COUNTS, families_counts())
+
+
 def describe(row: Row) -> str:
     """The residual steps of a family: `self_attn(input_layernorm(x)); mlp(post_attention_layernorm(x))`.
 
@@ -127,4 +148,5 @@ def _grouped(rows: list[FamilyRow], field: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    write_families(Path(sys.argv[1]))
+    for number, name in enumerate(sys.argv[1:]):
+        (write_families, write_counts)[number](Path(name))

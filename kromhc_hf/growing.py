@@ -71,6 +71,11 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
             "only models of variant 'kromhc' with at least 2 streams can be grown, since it adds a Kronecker factor; "
             f"got variant {config.hc_variant!r} with {before} streams. Give the base model more streams instead."
         )
+    if config.stream_options().dynamic and (config.hc_generator, config.hc_read) != ("dense", "weights"):
+        raise ValueError(
+            "only models with generator 'dense' and read 'weights' can be grown, since copies of a stream share its "
+            f"weights; got {config.hc_generator!r} and {config.hc_read!r}. Give the base model more streams instead."
+        )
     if not READOUTS[config.hc_readout].sums_to_one:
         raise ValueError(
             f"readout {config.hc_readout!r} would multiply the final hidden state by {factor}. "

@@ -56,11 +56,14 @@ def count_parameters(
 
 def _published(hidden_size: int, options: dict[str, Any]) -> int:
     """The parameters of one official module."""
-    dynamic, embedding, readout = (options[name] for name in ("dynamic", "stream_embedding", "readout"))
-    if not dynamic or embedding or READOUTS[readout].module is not None:
+    names = ("dynamic", "stream_embedding", "readout", "generator", "read")
+    dynamic, embedding, readout, generator, read = (options[name] for name in names)
+    stored_otherwise = (generator, read) != ("dense", "weights")
+    if not dynamic or embedding or READOUTS[readout].module is not None or stored_otherwise:
         raise ValueError(
-            "published counts the official modules, which are dynamic, without stream embedding or learned "
-            f"readout; got dynamic={dynamic}, stream_embedding={embedding}, readout={readout!r}. "
+            "published counts the official modules, which are dynamic, dense, without stream embedding or learned "
+            f"readout; got dynamic={dynamic}, stream_embedding={embedding}, readout={readout!r}, "
+            f"generator={generator!r}, read={read!r}. "
             "Leave these at their defaults."
         )
     return sum(map(prod, official_module(options["variant"]).shapes(options["num_streams"], hidden_size).values()))

@@ -19,6 +19,38 @@ HIDDEN_SIZE = 768
 STREAMS = (2, 4, 8, 16)
 
 
+def streams() -> Any:
+    """Two residual branches around four streams: what is read, what is written, and what is mixed."""
+    figure = new_figure(1.7 * WIDTH, 2.2)
+    panel = figure.subplots()
+    levels, ends = range(4), [0.0, 2.2, 3.4, 7.0, 8.2, 9.6]
+    for level, colour in zip(levels, SERIES):
+        for start, end in zip(ends[::2], ends[1::2]):
+            panel.plot([start, end], [level, level], color=colour, linewidth=2)
+    for left, name in ((2.2, "attention"), (7.0, "feed-forward")):
+        mixed = {"boxstyle": "round,pad=0.1", "facecolor": "none", "edgecolor": INK, "linewidth": 0.8}
+        panel.add_patch(_box(left, -0.35, 1.2, 3.7, mixed))
+        panel.text(left + 0.6, 1.5, "H_res", ha="center", va="center", fontsize=9, color=INK)
+        panel.add_patch(_box(left - 0.25, 4.35, 1.7, 0.75, mixed))
+        panel.text(left + 0.6, 4.72, name, ha="center", va="center", fontsize=9, color=INK)
+        arrow = {"arrowstyle": "->", "color": INK, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
+        panel.annotate("", (left - 0.05, 4.3), (left - 0.6, 3.05), arrowprops=arrow)
+        panel.annotate("", (left + 1.8, 3.05), (left + 1.25, 4.3), arrowprops=arrow)
+        panel.text(left - 0.75, 3.75, "H_pre", ha="right", va="center", fontsize=9, color=INK)
+        panel.text(left + 1.75, 3.75, "H_post", ha="left", va="center", fontsize=9, color=INK)
+    panel.text(-0.15, 1.5, "n streams", ha="right", va="center", fontsize=9, color=INK)
+    panel.set_xlim(-1.5, 10.2)
+    panel.set_ylim(-0.6, 5.3)
+    panel.axis("off")
+    return figure
+
+
+def _box(x: float, y: float, width: float, height: float, look: dict[str, Any]) -> Any:
+    from matplotlib.patches import FancyBboxPatch
+
+    return FancyBboxPatch((x, y), width, height, **look)
+
+
 def factors() -> Any:
     """Two 2 x 2 factors and their Kronecker product."""
     shares = (0.9, 0.7)
@@ -96,7 +128,7 @@ def mixing_gradient() -> Any:
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for draw in (factors, sum_errors, parameters, mixing_gradient):
+    for draw in (streams, factors, sum_errors, parameters, mixing_gradient):
         name = draw.__name__.replace("_", "-")
         svg = to_svg(draw(), name, (draw.__doc__ or "").strip(), standalone=True)
         (FOLDER / f"{name}.svg").write_text(svg, encoding="utf-8")

@@ -285,3 +285,19 @@ def test_code_of_a_repository_is_never_offered(kromhc, base, tmp_path, monkeypat
     assert "model_type must be one of the supported families" in err
     assert "trust_remote_code" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_serve_hands_its_arguments_to_the_server_of_transformers(kromhc, base, monkeypatch):
+    given = []
+
+    def server(arguments, standalone_mode):
+        given.append(arguments)
+        print("a line of the server's log")
+        raise ImportError("Missing dependencies for serving.")
+
+    monkeypatch.setattr("transformers.cli.transformers.app", server)
+    code, out, err = kromhc("serve", base, "--port", "8123", "--dtype", "auto")
+    assert given == [["serve", str(base), "--port", "8123", "--dtype", "auto"]]
+    assert (code, out) == (2, "")
+    assert "a line of the server's log" in err
+    assert "pip install 'transformers[serving]'" in err

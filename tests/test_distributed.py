@@ -65,6 +65,12 @@ def test_hyper_connections_compute_in_float32(results):
     assert mixed["loss_error"] < 0.05
 
 
+def test_blocks_of_streams_go_past_sharded_layers(results):
+    result = measured(results, "recomputed_fsdp2")
+    assert (result["different"], result["kept"]) == ([], [5, 0])
+    assert result["compared"] > 30
+
+
 def test_metrics_of_a_sharded_model(results):
     result = measured(results, "fsdp2")
     assert result["recorded"] == [[2, 12, 4, 4]] * 6

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..conversion.sample_text import sample_tokens
 from ..conversion.stored_model import StoredModel
+from ..modeling.hyper_connection import HyperConnection
 from ..modeling.mixing import doubly_stochastic_error
 from ..modeling.options import OPTIONS
 from ..modeling.variants import make_mixing
@@ -37,6 +38,7 @@ class Inspection:
         name: what tables and pictures call the model.
         model_type: of the model.
         variant, num_streams, dynamic: of its hyper-connections.
+        kernel: what read and wrote their streams, as `repr` shows it.
         added_parameters: number of hyper-connection parameters, which a model with streams from birth has from birth.
         tokens: the text, `S` tokens as strings.
         records: mappings and streams by branch, `[1, S, ...]`.
@@ -48,6 +50,7 @@ class Inspection:
     variant: str
     num_streams: int
     dynamic: bool
+    kernel: str
     added_parameters: int
     tokens: tuple[str, ...]
     records: Mapping[str, BranchRecord]
@@ -101,6 +104,7 @@ class Inspection:
             "num_streams": self.num_streams,
             "dynamic": self.dynamic,
             "said": self.said,
+            "kernel": self.kernel,
             "added_parameters": self.added_parameters,
             "tokens": list(self.tokens),
             "total": self.total,
@@ -235,11 +239,13 @@ def inspect_model(model: Any, input_ids: Tensor, tokens: Sequence[str] | None = 
         facts = _facts(model.config)
         _check_num_streams(facts["num_streams"], name or type(model).__name__)
     modules = [module for module, _ in native_branches(model).values()]
+    kernels = {m.described_kernel() for m in model.modules() if isinstance(m, HyperConnection)}
     parameters = [p for module in modules for p in module.parameters()] or hyper_connection_parameters(model)
     return Inspection(
         name=name or type(model).__name__,
         model_type=model.config.model_type,
         **facts,
+        kernel=", ".join(sorted(kernels)) or "the family's own modules",
         added_parameters=sum(whole_shape(p).numel() for p in parameters),
         tokens=tuple(map(str, input_ids[0].tolist())) if tokens is None else tuple(tokens),
         records={branch: BranchRecord(*(part.cpu() for part in record)) for branch, record in records.items()},

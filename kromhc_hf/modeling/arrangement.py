@@ -27,6 +27,7 @@ def arrange(layers: Any, config: Any) -> None:
     if _is_arranged(layers, config):
         return
     found = [connected_layer(layer) for layer in layers]
+    _check_one_stage(layers, found)
     check_arrangement(found, config)
     first, last = stretch(found)
     for position, layer in enumerate(found):
@@ -38,7 +39,7 @@ def arrange(layers: Any, config: Any) -> None:
 def _is_arranged(layers: Any, config: Any) -> bool:
     """Whether every layer knows where it is; False too where one is wrapped."""
     first, last = stretch(layers)
-    if _misses_the_norm(layers, last, config):
+    if _misses_the_norm(layers, first, last, config):
         return False
     for position, layer in enumerate(layers):
         if isinstance(layer, HyperConnectedLayer):
@@ -60,6 +61,17 @@ def stretch(layers: Any) -> tuple[int, int]:
 def connected_layer(layer: Any) -> HyperConnectedLayer | None:
     """A decoder layer with hyper-connections, also where it is wrapped as by FSDP; None for a plain one."""
     return next((part for part in layer.modules() if isinstance(part, HyperConnectedLayer)), None)
+
+
+def _check_one_stage(layers: Any, found: Layers) -> None:
+    for position, layer in enumerate(layers):
+        # Such as vLLM puts where the layers of other pipeline stages were.
+        if found[position] is None and next(layer.parameters(), None) is None:
+            raise ValueError(
+                "all decoder layers of a model with hyper-connections must be in one pipeline stage, since stages pass "
+                f"on [B, S, C] and streams are [B, S, n, C]; layer {position} is an empty {type(layer).__name__}. Use "
+                "tensor or data parallelism instead, and take a layer that is not wanted out of the list."
+            )
 
 
 def check_distinct(layers: Any) -> None:
@@ -98,18 +110,20 @@ def check_arrangement(layers: Layers, config: Any) -> None:
             )
     check_distinct([layer for layer in layers if layer is not None])
     end = min(len(layers), config.num_hidden_layers) - 1
-    if _misses_the_norm(layers, last, config):
+    if _misses_the_norm(layers, first, last, config):
         raise ValueError(
-            f"readout {options.readout!r} follows the final norm of the model, so the layers with streams must go up "
-            f"to the last one, {end}; got {first} to {last}. Put plain layers in front of them alone."
+            f"readout {options.readout!r} follows the final norm of the model, so layers with streams must run up to "
+            f"the last one, {end}; got streams in {first} to {last}. Put plain layers in front of them alone and leave "
+            "early behind the first of them, or use readout='mean'."
         )
     _check_end(layers, "expand_hc", first, options.stream_embedding)
     _check_end(layers, "readout_hc", min(last, max(first, end)), READOUTS[options.readout].module is not None)
 
 
-def _misses_the_norm(layers: Any, last: int, config: Any) -> bool:
-    """Whether plain layers run between the last one with streams and the norm that these are to pass through."""
-    return 0 <= last < min(len(layers), config.num_hidden_layers) - 1 and layers[last].reads_out_after_norm()
+def _misses_the_norm(layers: Any, first: int, last: int, config: Any) -> bool:
+    """Whether what reaches the final norm are no streams, though they are to be joined behind it."""
+    end = min(len(layers), config.num_hidden_layers) - 1
+    return last >= 0 and not first <= end <= last and layers[last].reads_out_after_norm()
 
 
 def _check_end(layers: Layers, name: str, home: int, learned: bool) -> None:

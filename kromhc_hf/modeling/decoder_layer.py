@@ -12,6 +12,7 @@ from .host import CACHE_NAMES, cache_name, forward_parameters, returned_beside
 from .hyper_connection import HyperConnection
 from .layer_spec import LayerSpec, Step, Sublayer, attribute
 from .options import StreamOptions
+from .stream_blocks import branches_of_block
 from .stream_ends import READOUTS, StreamExpansion, StreamReadout, expand
 from .stream_module import StreamModule
 
@@ -70,8 +71,9 @@ class HyperConnectedLayer(nn.Module):
                 streams = streams.float()
             streams = self.make_streams(streams)
         attention_output: tuple[Any, ...] = ()
+        branches = branches_of_block(self)
         for step, name in zip(self.spec.steps, self.spec.names):
-            branch_input, write = getattr(self, name)(streams)
+            branch_input, write = getattr(self, name)(streams, branches)
             branch_output, extras = self.run_step(step, branch_input, kwargs)
             attention_output = extras or attention_output
             streams = write(branch_output)

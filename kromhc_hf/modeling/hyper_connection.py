@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .generators import GENERATORS
 from .kernels import check_kernel, described, select_connect
 from .kernels_eager import without_autocast
 from .mixing import cast
 from .options import BRANCH_OPTIONS, BranchKeywords, StreamOptions, show_options
+from .read_gate import gate_shapes, gated_part, initial_gate
 from .stream_module import INITIAL_ALPHA, StreamModule, new_parameter
 
 
@@ -57,11 +59,15 @@ class HyperConnection(StreamModule):
             where it cannot run), or "reference" (operations that autograd knows and nothing else: slow, and
             differentiable in every way). It can be set later, as the attribute `kernel`.
         **options: what a single hyper-connection reads of `StreamOptions`. Static mappings (`dynamic=False`) have no
-            `weight` and no `alpha`.
+            `weight` and no `alpha`; with another generator than "dense", the weight is made of factors.
 
     Raises:
         ValueError: for an option that is not allowed, such as a number of streams that the variant is not defined for.
     """
+
+    weight: nn.Parameter | None
+    read_down: nn.Parameter | None
+    read_up: nn.Parameter | None
 
     @show_options(BranchKeywords)
     def __init__(
@@ -91,8 +97,14 @@ class HyperConnection(StreamModule):
 
         dynamic = chosen.dynamic
         self.bias = parameter(sum(self.mixing.sizes))
-        self.weight = parameter(*self.mixing.weight_shape(hidden_size), wanted=dynamic)
+        self.register_parameter("weight", None)
+        self.generator = GENERATORS[chosen.generator]
+        self.weight_shapes = self.generator.shapes(self.mixing, hidden_size, chosen.generator_rank)
+        for name, shape in self.weight_shapes.items():
+            self.register_parameter(name, parameter(*shape, wanted=dynamic))
         self.alpha = parameter(3, wanted=dynamic)
+        for name, shape in gate_shapes(num_streams, hidden_size, chosen.read_rank).items():
+            self.register_parameter(name, parameter(*shape, wanted=chosen.read == "gated"))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -101,12 +113,26 @@ class HyperConnection(StreamModule):
             options = self.options
             bias = self.mixing.initial_bias(options["init"], self.branch_index, options["residual_logit"])
             init.copy_(self.bias, bias.to(self.bias.device))
-        if self.weight is not None and self.alpha is not None:
-            init.zeros_(self.weight)
+        if self.alpha is not None:
+            initial = self.generator.initial(self.weight_shapes, self.branch_index)
+            for name in self.weight_shapes:
+                part = self.get_parameter(name)
+                if name in initial:
+                    init.copy_(part, initial[name].to(part.device))
+                else:
+                    init.zeros_(part)
             init.constant_(self.alpha, INITIAL_ALPHA)
+        if self.read_down is not None and self.read_up is not None:
+            init.copy_(self.read_down, initial_gate(self.read_down.shape, self.branch_index).to(self.read_down.device))
+            init.zeros_(self.read_up)
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def forward(self, streams: Tensor, branches: int = 0) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Width connection: reads the branch input from the streams `[B, S, n, C]`.
+
+        Args:
+            streams: what the hyper-connection before has written, or the first streams.
+            branches: of so many branches that follow each other only the first keeps its streams for the backward pass
+                (option `stream_recompute`); with 0 or 1 all do.
 
         Returns:
             The branch input `[B, S, C]`, and the depth connection `write`: it takes the branch output `[B, S, C]` and
@@ -115,11 +141,19 @@ class HyperConnection(StreamModule):
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
         dtype = self._dtype(streams)
-        connect = select_connect(self.kernel, streams, dtype, self.num_streams, self.hidden_size)
-        weight, bias, alpha = (optional_cast(p, dtype) for p in (self.weight, self.bias, self.alpha))
+        connect = select_connect(
+            self.kernel, streams, dtype, self.num_streams, self.hidden_size, self.options["variant"]
+        )
+        bias, alpha = (optional_cast(p, dtype) for p in (self.bias, self.alpha))
         assert bias is not None
+        # A compiler chooses by itself what it keeps, from the graph that it sees.
+        branches = 0 if torch.compiler.is_compiling() else branches
         with without_autocast(streams):
-            branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps)
+            weight = self._weight(dtype)
+            branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps, branches)
+            if self.read_down is not None and self.read_up is not None:
+                added = gated_part(streams, cast(self.read_down, dtype), cast(self.read_up, dtype), self.eps)
+                branch_input = cast(cast(branch_input, dtype) + added, streams.dtype)
 
         def write(branch_output: Tensor) -> Tensor:
             with without_autocast(streams):
@@ -134,7 +168,7 @@ class HyperConnection(StreamModule):
             one = torch.ones(*leading, 1, dtype=dtype, device=streams.device)
             return Mappings(one, one, one.unsqueeze(-1))
         assert self.bias is not None
-        with torch.autocast(streams.device.type, enabled=False):
+        with without_autocast(streams):
             projected = self._projected(streams.to(dtype))
             return Mappings(*self.mixing.mappings(*projected, self.bias, self.alpha, self.eps, leading))
 
@@ -148,14 +182,25 @@ class HyperConnection(StreamModule):
 
     def _projected(self, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The products of the features with the weight `[..., G, outputs]` and their mean squares `[..., G]`."""
-        if self.weight is None:
+        weight = self._weight(wide.dtype)
+        if weight is None:
             return None, None
-        features = wide.flatten(-2).unflatten(-1, (-1, self.weight.shape[1]))
-        return F.linear(features, self.weight.to(wide.dtype)), features.square().mean(-1)
+        features = wide.flatten(-2).unflatten(-1, (-1, weight.shape[1]))
+        return F.linear(features, weight), features.square().mean(-1)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor | None:
+        """What predicts the mappings, `[outputs, width]`; None if they are static."""
+        if self.alpha is None:
+            return None
+        parts = [cast(getattr(self, name), dtype) for name in self.weight_shapes]
+        return self.generator.weight(parts, self.mixing)
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.options["dynamic"] else "static"
-        device = torch.device("cpu") if self.bias is None else self.bias.device
-        kernel = described(self.kernel, device, self.num_streams)
         sizes = f"{self.hidden_size}, num_streams={self.num_streams}"
-        return f"{sizes}, variant={self.options['variant']!r}, {mode}, kernel={kernel}"
+        return f"{sizes}, variant={self.options['variant']!r}, {mode}, kernel={self.described_kernel()}"
+
+    def described_kernel(self) -> str:
+        """Which kernel was chosen, and what that is where the parameters are now, as `repr` shows it."""
+        device = torch.device("cpu") if self.bias is None else self.bias.device
+        return described(self.kernel, device, self.num_streams, self.options["variant"])

@@ -44,6 +44,7 @@ def uninstall(decoder: Decoder) -> None:
     for layer in decoder.connected:
         disconnect_layer(layer)
     del decoder.owners[-1].hc_layers_path
+    vars(decoder.owners[-1]).pop("hc_weights_are_random", None)
     for owner in decoder.owners:
         owner.__class__ = owner.backbone_class
         owner._keep_in_fp32_modules_strict = set(owner._keep_in_fp32_modules_strict) - added

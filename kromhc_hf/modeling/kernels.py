@@ -29,7 +29,9 @@ def check_kernel(kernel: str) -> None:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}.")
 
 
-def select_connect(kernel: str, streams: Tensor, dtype: torch.dtype, num_streams: int, hidden_size: int) -> Connect:
+def select_connect(
+    kernel: str, streams: Tensor, dtype: torch.dtype, num_streams: int, hidden_size: int, variant: str
+) -> Connect:
     """What connects these streams `[..., n, C]`, with coefficients in `dtype`; a traced shape would not give n and C.
 
     "auto" takes Triton on a CUDA device, once it has agreed there with plain PyTorch (see `kernels_check`).
@@ -46,19 +48,32 @@ def select_connect(kernel: str, streams: Tensor, dtype: torch.dtype, num_streams
         return connect_triton
     if kernel == "auto" and streams.device.type in DEVICES:
         if _obstacle(streams.device, streams.dtype, num_streams, dtype) is None:
-            if fault(streams.device, streams.dtype, num_streams, hidden_size) is None:
+            if fault(streams.device, streams.dtype, num_streams, hidden_size, variant) is None:
                 return connect_triton
     if transformed():
         return connect_reference
     return partial(connect_passes, passes=COMPOSITE) if torch.compiler.is_compiling() else connect
 
 
-def described(kernel: str, device: torch.device, num_streams: int) -> str:
+def described(kernel: str, device: torch.device, num_streams: int, variant: str) -> str:
     """What a kernel is on this device, for streams in bf16, as far as it is known before they are there."""
     if kernel != "auto":
         return repr(kernel)
     served = device.type in DEVICES and _obstacle(device, torch.bfloat16, num_streams, torch.float32) is None
-    return f"'auto' ({'triton' if served and not found_at_fault(device, num_streams) else 'torch'})"
+    return f"'auto' ({'triton' if served and not found_at_fault(device, num_streams, variant) else 'torch'})"
+
+
+def chosen(device: torch.device, dtype: torch.dtype, num_streams: int, hidden_size: int) -> tuple[str, str]:
+    """What "auto" takes for such streams, "triton" or "torch", and why; on a CUDA device Triton is tried for that."""
+    if device.type not in DEVICES:
+        return "torch", f"Triton is for {', '.join(DEVICES)} devices"
+    reason = _obstacle(device, dtype, num_streams, torch.float32)
+    if reason is not None:
+        return "torch", f"Triton {reason}"
+    found = fault(device, dtype, num_streams, hidden_size)
+    if found is not None:
+        return "torch", f"a check of the Triton kernels failed: {found}"
+    return "triton", "it agreed with plain PyTorch in a check"
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, num_streams: int, coefficients: torch.dtype) -> str | None:

@@ -1,23 +1,23 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """Whether the Triton kernels compute what plain PyTorch does, tried on the device before they are used there.
 
-Once per process, device, dtype, number of streams and class of widths, a small random hyper-connection is run forward
-and backward both ways. If a compiler fails or a result is wrong, plain PyTorch is left in charge, with a warning.
+Once per process, device, dtype, number of streams, variant and class of widths, a small random hyper-connection is run
+forward and backward both ways: variants have weights of different sizes, for which kernels are compiled by themselves.
+If a compiler fails or a result is wrong, plain PyTorch is left in charge, with a warning.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kernels_connect import TRITON, connect_passes, connect_triton
 from .kernels_eager import connect
-from .variants import VARIANTS
-from .variants_permutations import prime_factors
+from .mixing import Mixing
+from .variants import make_mixing
 
 
 # Of the check: kernels take few tokens and many in programs of different sizes.
@@ -26,21 +26,22 @@ TOKENS = (80, 4160)
 WIDTHS = {True: 272, False: 250}
 EPS = 1e-6
 
-_faults: dict[tuple[torch.device, torch.dtype, int, bool], str | None] = {}
+_faults: dict[tuple[torch.device, torch.dtype, int, bool, str], str | None] = {}
 
 
-def found_at_fault(device: torch.device, num_streams: int) -> bool:
+def found_at_fault(device: torch.device, num_streams: int, variant: str) -> bool:
     """Whether a check of so many streams on this device has failed."""
-    return any(fault for (where, _, n, _), fault in _faults.items() if (where, n) == (device, num_streams))
+    wanted = (device, num_streams, variant)
+    return any(fault for (where, _, n, _, name), fault in _faults.items() if (where, n, name) == wanted)
 
 
 @torch.compiler.assume_constant_result
-def fault(device: torch.device, dtype: torch.dtype, num_streams: int, hidden_size: int) -> str | None:
+def fault(device: torch.device, dtype: torch.dtype, num_streams: int, hidden_size: int, variant: str) -> str | None:
     """What is wrong with the Triton kernels for such streams; None if nothing is. The first answer is kept.
 
     Where nothing can be run, in the middle of recording a CUDA graph, they are taken to be wrong for now.
     """
-    kind = (device, dtype, num_streams, hidden_size % 16 == 0)
+    kind = (device, dtype, num_streams, hidden_size % 16 == 0, variant)
     if kind not in _faults:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "was not checked before a CUDA graph was recorded"
@@ -53,26 +54,25 @@ def fault(device: torch.device, dtype: torch.dtype, num_streams: int, hidden_siz
             _faults[kind] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if _faults[kind] is not None:
             warnings.warn(
-                f"The Triton kernels for {num_streams} streams in {dtype} on {device} are not used, since a check "
-                f"of them failed: {_faults[kind]}. Plain PyTorch is used instead, which is slower.",
+                f"The Triton kernels for {num_streams} streams of variant {variant!r} in {dtype} on {device} are not "
+                f"used, since a check of them failed: {_faults[kind]}. Plain PyTorch is used instead, which is slower.",
                 RuntimeWarning,
                 stacklevel=2,
             )
     return _faults[kind]
 
 
-def _difference(device: torch.device, dtype: torch.dtype, num_streams: int, aligned: bool) -> str | None:
+def _difference(device: torch.device, dtype: torch.dtype, num_streams: int, aligned: bool, variant: str) -> str | None:
     """Which result of the Triton kernels is further from the exact one than rounding explains."""
-    # A factor of 5 has more logits than one kernel takes, and larger ones the variant has not.
-    mixing: Any = VARIANTS["kromhc" if max(prime_factors(num_streams)) < 5 else "tbp"](num_streams)
+    mixing = make_mixing(variant, num_streams)
     width = WIDTHS[aligned]
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
-    outputs = sum(mixing.sizes)
-    parameters = (random(outputs, num_streams * width, scale=0.02), random(outputs), 0.5 + random(3).abs())
+    weight = random(*mixing.weight_shape(width), scale=0.02)
+    parameters = (weight, random(sum(mixing.sizes)), 0.5 + random(3).abs())
     for tokens in TOKENS:
         streams, cotangent = (random(tokens, num_streams, width).to(dtype) for _ in range(2))
         exact = _results(connect, mixing, streams.double(), [p.double() for p in parameters], cotangent.double())
@@ -89,7 +89,7 @@ def _difference(device: torch.device, dtype: torch.dtype, num_streams: int, alig
 
 
 def _results(
-    connection: Callable, mixing: Any, streams: Tensor, parameters: Sequence[Tensor], cotangent: Tensor
+    connection: Callable, mixing: Mixing, streams: Tensor, parameters: Sequence[Tensor], cotangent: Tensor
 ) -> dict[str, Tensor]:
     """Branch input, new streams and every gradient, around a branch that is not linear."""
     leaves = [tensor.clone().requires_grad_() for tensor in (streams, *parameters)]

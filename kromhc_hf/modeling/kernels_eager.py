@@ -9,6 +9,7 @@ Streams are `[..., n, C]`, and `[T, n, C]` with the tokens in one dimension.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor
 from .kernels_eager_passes import (
     Streams,
     correlation,
+    different,
     gap_to_one,
+    held,
     product,
     project,
     read,
@@ -29,6 +32,7 @@ from .kernels_eager_passes import (
     write,
 )
 from .mixing import Mixing, cast
+from .recomputation import Origin, origin_of, remember
 
 
 # Of a handful of tokens the number of operations counts and not their size, unless there are very many products of an
@@ -37,9 +41,10 @@ FEW_TOKENS, FEW_PRODUCTS = 16, 1 << 17
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Leaves autocast; where there is none to leave, at no cost."""
+    """Leaves autocast; where there is none to leave, at no cost. Meta tensors know none."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    known = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 class WidthConnection(torch.autograd.Function):
@@ -47,7 +52,8 @@ class WidthConnection(torch.autograd.Function):
 
     The output `mixed` stands for `h_res @ streams`: its value is left to the depth connection, its gradient arrives
     here, where one pass over the streams serves mixing, reading, projection and norm. Saved are the streams, which
-    autograd holds anyway, and about 3n numbers per token; the mappings are computed again.
+    autograd holds anyway, unless their origin can write them again, and about 3n numbers per token; the mappings are
+    computed again.
     """
 
     @staticmethod
@@ -59,12 +65,13 @@ class WidthConnection(torch.autograd.Function):
         alpha: Tensor | None,
         mixing: Mixing,
         eps: float,
+        origin: Origin | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokens = streams.flatten(0, -3)
         products, squares = project(tokens, weight)
         h_pre, h_post, h_res = mixing.mappings(products, squares, bias, alpha, eps, tokens.shape[:1])
-        ctx.save_for_backward(streams, weight, bias, alpha, products, squares)
-        ctx.mixing, ctx.eps = mixing, eps
+        ctx.save_for_backward(None if origin else streams, weight, bias, alpha, products, squares)
+        ctx.mixing, ctx.eps, ctx.origin = mixing, eps, origin
         ctx.mark_non_differentiable(h_res)
         ctx.set_materialize_grads(False)
         branch_input = read(Streams.of(tokens), h_pre)
@@ -75,22 +82,26 @@ class WidthConnection(torch.autograd.Function):
         ctx: Any, grad_input: Tensor | None, grad_h_post: Tensor | None, grad_mixed: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         streams, weight, bias, alpha, products, squares = ctx.saved_tensors
-        with without_autocast(streams):
+        with without_autocast(bias):
+            if ctx.origin is not None:
+                streams = ctx.origin.streams()
             if torch.is_grad_enabled():
                 grads = (grad_input, grad_h_post, grad_mixed)
                 inputs = (streams, weight, bias, alpha)
-                return *differentiable_gradients(grads, inputs, ctx.mixing, ctx.eps), None, None
+                return *differentiable_gradients(grads, inputs, ctx.mixing, ctx.eps), None, None, None
             tokens = streams.flatten(0, -3)
             grad_input = None if grad_input is None else grad_input.flatten(0, -2)
-            grad_mixed = None if grad_mixed is None else grad_mixed.flatten(0, -3)
+            grad_mixed = None if grad_mixed is None else different(grad_mixed)
             leaves = [None if t is None else t.detach().requires_grad_() for t in (products, squares, bias, alpha)]
             with torch.enable_grad():
                 mappings = ctx.mixing.mappings(*leaves, ctx.eps, tokens.shape[:1])
             h_pre, _, h_res = (mapping.detach() for mapping in mappings)
+            if grad_mixed is not None and grad_mixed.shape[1] < h_res.shape[1]:
+                h_res = h_res.sum(1, keepdim=True)
             grads = (
                 None if grad_input is None else correlation(grad_input.unsqueeze(1), tokens, h_pre.dtype).squeeze(1),
                 grad_h_post,
-                None if grad_mixed is None else correlation(grad_mixed, tokens, h_pre.dtype),
+                None if grad_mixed is None else correlation(grad_mixed, tokens, h_pre.dtype).expand_as(mappings[2]),
             )
             grad_products, grad_squares, grad_bias, grad_alpha = chain(mappings, grads, leaves)
             grad_streams, grad_weight = None, None
@@ -100,45 +111,59 @@ class WidthConnection(torch.autograd.Function):
                 ).view(streams.shape)
             if weight is not None and grad_products is not None and ctx.needs_input_grad[1]:
                 grad_weight = weight_gradient(tokens, weight, grad_products)
-        return grad_streams, grad_weight, grad_bias, grad_alpha, None, None
+        return grad_streams, grad_weight, grad_bias, grad_alpha, None, None, None
 
 
 class DepthConnection(torch.autograd.Function):
     """Mixes the streams and adds the branch output; `mixed` comes from the width connection, see there.
 
-    Saved are the branch output and n numbers per token.
+    Saved are the branch output and n numbers per token, and `h_res` where the streams are to be written again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, mixed: Tensor, h_post: Tensor, branch_output: Tensor, h_res: Tensor, rows_sum_to_one: bool
+        ctx: Any,
+        mixed: Tensor,
+        h_post: Tensor,
+        branch_output: Tensor,
+        h_res: Tensor,
+        rows_sum_to_one: bool,
+        again: bool,
+        first: bool,
     ) -> Tensor:
-        ctx.save_for_backward(h_post, branch_output)
-        streams = Streams.of(mixed.flatten(0, -3))
-        return write(streams, h_res, h_post, branch_output.flatten(0, -2), rows_sum_to_one).view(mixed.shape)
+        ctx.save_for_backward(h_post, branch_output, h_res if again else None, mixed if first else None)
+        return depth(mixed, h_post, branch_output, h_res, rows_sum_to_one)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h_post, branch_output = ctx.saved_tensors
+        h_post, branch_output = ctx.saved_tensors[:2]
         grad_h_post, grad_output = None, None
         with without_autocast(grad):
-            # One gradient for all streams, as behind a sum over them, would send batched products into a slow loop.
-            grad = grad.contiguous()
-            tokens = grad.flatten(0, -3)
             if torch.is_grad_enabled():
-                wide = cast(tokens, h_post.dtype)
-                grad_h_post = (wide * branch_output.reshape(tokens.shape[0], 1, -1)).sum(-1)
+                wide = cast(grad.flatten(0, -3), h_post.dtype)
+                grad_h_post = (wide * branch_output.reshape(wide.shape[0], 1, -1)).sum(-1)
                 grad_output = cast((h_post.unsqueeze(-1) * wide).sum(1), branch_output.dtype)
-                return grad, grad_h_post, grad_output.view(branch_output.shape), None, None
+                return grad, grad_h_post, grad_output.view(branch_output.shape), None, None, None, None
+            tokens = different(grad)
             if ctx.needs_input_grad[1]:
                 outputs = branch_output.reshape(tokens.shape[0], 1, -1)
-                grad_h_post = correlation(outputs, tokens, h_post.dtype).squeeze(1)
+                grad_h_post = correlation(outputs, tokens, h_post.dtype).squeeze(1).expand(h_post.shape)
             if ctx.needs_input_grad[2]:
                 grad_output = branch_output.new_empty(branch_output.shape)
-                rows, weights = grad_output.view(tokens.shape[0], 1, -1), h_post.unsqueeze(1)
-                for span in spans(tokens, h_post.dtype):
-                    store(rows[span], product(weights[span], tokens[span].to(h_post.dtype), rows[span]))
-        return grad, grad_h_post, grad_output, None, None
+                rows = grad_output.view(tokens.shape[0], 1, -1)
+                weights = (h_post if tokens.shape[1] > 1 else h_post.sum(-1, keepdim=True)).unsqueeze(1)
+                dtype = held(tokens, h_post.dtype)
+                for span in spans(tokens, dtype):
+                    part = rows[span]
+                    store(part, product(weights[span], tokens[span].to(dtype), part))
+            grad = tokens.view(*grad.shape[:-2], *tokens.shape[1:]).expand(grad.shape)
+        return grad, grad_h_post, grad_output, None, None, None, None
+
+
+def depth(streams: Tensor, h_post: Tensor, branch_output: Tensor, h_res: Tensor, rows_sum_to_one: bool) -> Tensor:
+    """What a depth connection computes, `[..., n, C]`."""
+    looked_at = Streams.of(streams.flatten(0, -3))
+    return write(looked_at, h_res, h_post, branch_output.flatten(0, -2), rows_sum_to_one).view(streams.shape)
 
 
 def differentiable_gradients(
@@ -178,16 +203,35 @@ def chain(
 
 
 def connect(
-    streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mixing: Mixing, eps: float
+    streams: Tensor,
+    weight: Tensor | None,
+    bias: Tensor,
+    alpha: Tensor | None,
+    mixing: Mixing,
+    eps: float,
+    branches: int = 0,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The branch input `[..., C]` of streams `[..., n, C]`, and the depth connection, which takes the branch output."""
+    """The branch input `[..., C]` of streams `[..., n, C]`, and the depth connection, which takes the branch output.
+
+    Of so many branches that follow each other, at least 2, the first alone saves its streams.
+    """
     tokens = streams.flatten(0, -3)
     if tokens.shape[0] <= FEW_TOKENS and tokens.numel() * tokens.shape[1] <= FEW_PRODUCTS:
         return connect_reference(streams, weight, bias, alpha, mixing, eps)
     sum_to_one = mixing.rows_sum_to_one
     if torch.is_grad_enabled():
-        branch_input, h_post, mixed, h_res = WidthConnection.apply(streams, weight, bias, alpha, mixing, eps)
-        return branch_input, lambda output: DepthConnection.apply(mixed, h_post, output, h_res, sum_to_one)
+        origin, again = origin_of(streams, branches), branches > 1
+        inputs = (streams, weight, bias, alpha, mixing, eps, origin)
+        branch_input, h_post, mixed, h_res = WidthConnection.apply(*inputs)
+
+        def write_back_with_gradients(branch_output: Tensor) -> Tensor:
+            first = again and origin is None
+            new = DepthConnection.apply(mixed, h_post, branch_output, h_res, sum_to_one, again, first)
+            if again:
+                remember(new, origin, partial(depth, rows_sum_to_one=sum_to_one))
+            return new
+
+        return branch_input, write_back_with_gradients
 
     h_pre, h_post, h_res = mixing.mappings(*project(tokens, weight), bias, alpha, eps, tokens.shape[:1])
     looked_at = Streams.of(tokens)
@@ -200,11 +244,18 @@ def connect(
 
 
 def connect_reference(
-    streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mixing: Mixing, eps: float
+    streams: Tensor,
+    weight: Tensor | None,
+    bias: Tensor,
+    alpha: Tensor | None,
+    mixing: Mixing,
+    eps: float,
+    branches: int = 0,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The same in operations that autograd knows, differentiable any number of times and in forward mode.
 
-    Decoding takes it too, where the number of operations counts and not the size of what they move.
+    Decoding takes it too, where the number of operations counts and not the size of what they move. Autograd keeps what
+    it keeps, whatever `branches` says.
     """
     tokens = streams.flatten(0, -3)
     wide, branch_input, h_post, logits = width_reference(tokens, weight, bias, alpha, mixing, eps)

@@ -180,14 +180,17 @@ def _read_gradients(ctx, grad):
 
 
 def _write_gradients(ctx, grad):
-    streams, h_res, h_post, branch_output = ctx.saved_tensors
+    return *write_gradient(grad, *ctx.saved_tensors), None
+
+
+def write_gradient(grad, streams, h_res, h_post, branch_output):
     if not torch.is_grad_enabled():
-        return *write_backward(grad, streams, h_res, h_post, branch_output), None
+        return write_backward(grad, streams, h_res, h_post, branch_output)
     wide = grad.float()
     grad_streams = (h_res.unsqueeze(-1) * wide.unsqueeze(2)).sum(1).to(streams.dtype)
     grad_h_res = (wide.unsqueeze(2) * streams.unsqueeze(1)).sum(-1)
     grad_output = (h_post.unsqueeze(-1) * wide).sum(1).to(branch_output.dtype)
-    return grad_streams, grad_h_res, (wide * branch_output.unsqueeze(1)).sum(-1), grad_output, None
+    return grad_streams, grad_h_res, (wide * branch_output.unsqueeze(1)).sum(-1), grad_output
 
 
 read.register_autograd(_read_gradients, setup_context=_save)

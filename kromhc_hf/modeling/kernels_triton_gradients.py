@@ -174,7 +174,8 @@ def streams_gradient(
     # Rounded to 16 bits in the end, the product needs no more than the 11 bits of TF32.
     narrow = streams.dtype.itemsize == 2
     constants |= {"PADDED": padded, "PRECISION": "tf32" if narrow else "tf32x3", "TOKENS": 32 if narrow else 16}
-    constants["BLOCK"] = min(256 if narrow else 128, 4096 // padded)
+    # Tensor cores take 16 features at least.
+    constants["BLOCK"] = min(256 if narrow else 128, max(16, 4096 // padded))
     grid = (-(-tokens // constants["TOKENS"]), -(-width // constants["BLOCK"]))
     given = (
         streams if t is None else t for t in (known, grad_input, streams, h_pre, weight, grad_products, grad_squares)

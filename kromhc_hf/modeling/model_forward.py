@@ -29,8 +29,7 @@ def with_readout(backbone_forward: Callable[..., Any]) -> Callable[..., Any]:
             )
         if self.hc_layers_path is not None:
             last = connected_layer(attribute(self, self.hc_layers_path)[-1])
-            # An early exit may be in front of the first layer with streams.
-            if last is not None and last.reads_out_after_norm() and last.hc_first_layer < self.config.num_hidden_layers:
+            if last is not None and last.reads_out_after_norm():
                 _sum_normed_streams(outputs, last.hc_options.num_streams)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()

@@ -19,6 +19,7 @@ The way from config.json to a running model:
 """
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from .decoder_layer import END_NAMES  # noqa: F401
     from .families import ATTENTION  # noqa: F401
     from .foreign_code import CODE_FIELDS  # noqa: F401
+    from .generators import GENERATORS  # noqa: F401
     from .hyper_connection import Mappings  # noqa: F401
     from .kernels import KERNELS  # noqa: F401
     from .kernels_check import TOKENS  # noqa: F401
@@ -91,12 +93,22 @@ if TYPE_CHECKING:
     from .option_table import INITS  # noqa: F401
     from .options import given_options  # noqa: F401
     from .outside_code import FAMILY_MODULE  # noqa: F401
+    from .read_gate import gated_part  # noqa: F401
+    from .recomputation import Origin  # noqa: F401
     from .releases import OLDEST  # noqa: F401
+    from .stream_blocks import read_recompute  # noqa: F401
     from .stream_ends import expand  # noqa: F401
     from .stream_layers import Ends  # noqa: F401
     from .variants import VARIANTS  # noqa: F401
     from .variants_permutations import LARGEST_FACTOR  # noqa: F401
     from .variants_rotations import cayley  # noqa: F401
+
+
+FROM_SCRATCH = (
+    "hc_init='identity' is for pretrained weights, which it leaves as they are; these are random. Trained from scratch "
+    "with it, a model of 1M parameters was .068 +- .019 nats behind the plain residual after 480 steps (5 seeds). Use "
+    "hc_init='paper'."
+)
 
 
 class HyperConnectedModel(Shareable):
@@ -107,6 +119,8 @@ class HyperConnectedModel(Shareable):
     auto_class: ClassVar[Any] = None
     # From the model that holds the decoder layers to them; None in the models around it.
     hc_layers_path: str | None = None
+    # Of the model that holds the decoder layers: whether its weights are those that its constructor drew.
+    hc_weights_are_random: bool = False
 
     def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> "HyperConnectedModel":
         if not hasattr(cls, "backbone_class"):
@@ -125,6 +139,21 @@ class HyperConnectedModel(Shareable):
             connect_owners(decoder, model_class)
         else:
             install(check_layers(decoder), model_class)
+        # `from_pretrained` constructs without memory, and fills in the weights afterwards.
+        decoder.owners[-1].hc_weights_are_random = not any(p.is_meta for p in self.parameters())  # type: ignore[attr-defined]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.hc_weights_are_random = False
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        """Training mode, see `torch.nn.Module.train`; warns, once, where init "identity" meets random weights."""
+        if mode and self.hc_weights_are_random:
+            self.hc_weights_are_random = False
+            options = self.config.stream_options()  # type: ignore[attr-defined]
+            if options.init == "identity" and options.num_streams > 1:
+                warnings.warn(FROM_SCRATCH, UserWarning, stacklevel=2)
+        return super().train(mode)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # By what the class is generated from, as not every class has a name that an Auto class knows it by. A class

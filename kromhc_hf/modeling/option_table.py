@@ -8,12 +8,15 @@ a field to `BranchKeywords` (what every hyper-connection reads) or `StreamKeywor
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypedDict, get_args, get_type_hints
 
+from .stream_blocks import read_recompute
 from .stream_layers import Ends, read_ends
 
 
-# The variants of `variants.py` and the readouts of `stream_ends.py`.
+# The variants of `variants.py`, the generators of `generators.py` and the readouts of `stream_ends.py`.
 VARIANT_NAMES = ("kromhc", "identity", "mhc", "mhc_lite", "tbp", "hc", "one_sided", "circulant", "go_mhc", "orthogonal")
+GENERATOR_NAMES = ("dense", "cp")
 READOUT_NAMES = ("mean", "sum", "norm_sum", "softmax", "sigmoid", "attention")
+READS = ("weights", "gated")
 INITS = ("identity", "paper")
 # Added to mean squares.
 EPS = 1e-6
@@ -30,6 +33,8 @@ class Option(NamedTuple):
         flags: other ways to spell it on the command line; of an option that is on by default, what turns it off.
         read: makes of a value, such as text of the command line or a list of a file, the one that is kept, or raises
             ValueError; the type is not checked then.
+        running: whether it is about how a model is run alone: it may change on a live model, and layers that differ in
+            it go together.
         kind: its type, filled in from the field.
     """
 
@@ -38,6 +43,7 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     read: Callable[[Any], Any] | None = None
+    running: bool = False
     kind: Any = object
 
 
@@ -58,6 +64,14 @@ class BranchKeywords(TypedDict, total=False):
     sinkhorn_iterations: Annotated[
         int, Option(SINKHORN_ITERATIONS, "How often variant mhc normalises rows and columns.")
     ]
+    generator: Annotated[
+        str, Option("dense", "How the weight of the mappings is stored; cp is factors of low rank.", GENERATOR_NAMES)
+    ]
+    generator_rank: Annotated[int, Option(2, "How many products of factors the generator cp adds up.")]
+    read: Annotated[
+        str, Option("weights", "How a branch reads the streams; gated adds a gate for every channel of each.", READS)
+    ]
+    read_rank: Annotated[int, Option(16, "Width of the layer inside the gates of read gated.")]
 
 
 class StreamKeywords(BranchKeywords, total=False):
@@ -73,6 +87,16 @@ class StreamKeywords(BranchKeywords, total=False):
     layers: Annotated[
         Ends | str | None,
         Option(None, "Decoder layers with streams, a slice such as 8:12 or -4:; by default all.", read=read_ends),
+    ]
+    stream_recompute: Annotated[
+        str | int,
+        Option(
+            "none",
+            "Which streams training keeps and does not compute again: all (none), those of each layer (layer), or of "
+            "every so many layers (a number, or auto).",
+            read=read_recompute,
+            running=True,
+        ),
     ]
 
 

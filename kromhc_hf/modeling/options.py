@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from .generators import GENERATORS
 from .mixing import Mixing
 from .option_table import (
     BRANCH_OPTIONS,
@@ -53,7 +54,8 @@ def with_option_fields(cls: type) -> type:
     for name, option in OPTIONS.items():
         if name not in own:
             own[name] = option.kind
-            setattr(cls, name, field(default=option.default, kw_only=name not in POSITIONAL))
+            settings: Any = {"kw_only": name not in POSITIONAL, "compare": not option.running}
+            setattr(cls, name, field(default=option.default, **settings))
     cls.__annotations__ = own
     cls.__doc__ = documented(cls.__doc__, OPTIONS)
     return cls
@@ -95,6 +97,17 @@ class StreamOptions:
                 raise ValueError(f"{name} must be finite; got {value!r}. {default}")
         if self.eps < 0:
             raise ValueError(f"eps must not be negative; got {self.eps!r}. The default is {OPTIONS['eps'].default!r}.")
+        for name in ("generator_rank", "read_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1; got {getattr(self, name)}. The default is {OPTIONS[name].default}."
+                )
+        if self.read == "gated" and not self.dynamic:
+            raise ValueError(
+                "read must be 'weights' for static mappings, since gates depend on the token; got 'gated' with "
+                "dynamic=False. Use read='weights', or dynamic=True."
+            )
+        GENERATORS[self.generator].check_defined_for(self.mixing())
         if self.init == "identity" and not READOUTS[self.readout].sums_to_one:
             raise ValueError(
                 "init 'identity' keeps the function of the base model only if the readout weights sum to 1; "
@@ -151,6 +164,12 @@ class StreamOptions:
             unread["residual_logit"] = "init 'paper' has a residual logit of its own"
         elif torch.equal(mixing.initial_logits(1.0), mixing.initial_logits(2.0)):
             unread["residual_logit"] = f"variant {self.variant!r} starts at the identity itself"
+        if not self.dynamic:
+            unread |= dict.fromkeys(("generator", "generator_rank"), "static mappings have no weight")
+        elif self.generator == "dense":
+            unread["generator_rank"] = "generator 'dense' has no rank"
+        if self.read == "weights":
+            unread["read_rank"] = "read 'weights' has no gates"
         readout = READOUTS[self.readout].module
         if not self.dynamic and not (readout and readout.normed):
             unread["eps"] = "static mappings have no norm"

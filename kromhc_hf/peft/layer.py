@@ -77,8 +77,8 @@ class StreamSite(nn.Module, BaseTunerLayer):
         """That of the active adapter."""
         return self.hyper_connection_adapters[str(self.active)]
 
-    def forward(self, inputs: Any) -> Any:
-        return self.active_module(inputs)
+    def forward(self, *inputs: Any) -> Any:
+        return self.active_module(*inputs)
 
     def mappings(self, streams: Tensor) -> Mappings:
         """The mappings of the active adapter, see `HyperConnection.mappings`."""

@@ -28,7 +28,7 @@ class ScaledResidual(HyperConnection):
         super().__init__(hidden_size, 1)
         self.scale = nn.Parameter(torch.tensor(scale), requires_grad=learned)
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def forward(self, streams: Tensor, branches: int = 0) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         branch_input, _ = super().forward(streams)
         return branch_input, lambda branch_output: streams + (self.scale * branch_output).unsqueeze(-2)
 

@@ -58,6 +58,7 @@ class Client:
     checks: tuple[Check, ...] = ()
     source: str = ""  # of a tool that is not run: what reading its source said
     package: bool = True  # whether this package is installed beside it
+    without: tuple[str, ...] = ()  # packages that it brings along and that do not fit this machine
     python: str = ""  # an interpreter, if not that of the project
 
 

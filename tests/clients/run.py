@@ -28,6 +28,7 @@ from scripts.resolve import first_error
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDER = Path(os.environ.get("KROMHC_CLIENTS", ROOT / ".clients"))
+SUMMARY = ROOT / "kromhc_hf" / "works_with.json"
 BEGIN, END = "<!-- clients:begin -->", "<!-- clients:end -->"
 NO_CLIENTS = ("client", "inside", "made_models", "run")
 LIMIT = 1800  # seconds of one client
@@ -51,18 +52,24 @@ def environment(name: str, client: Client) -> Path:
     asked = {Requirement(requirement).name for requirement in client.requirements}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = "\n".join(line for line in lines if not line.startswith("#") and Requirement(line).name not in asked)
-    ours = (ROOT / "pyproject.toml").read_text(encoding="utf-8") if client.package else ""
-    state = hashlib.sha256("\n".join((*client.requirements, kept, ours, client.python)).encode()).hexdigest()
+    # What this package asks for stands in lines of its own.
+    ours = re.findall(r'^ {4}"[^"]+",$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    asks = (*client.requirements, *client.without, kept, *(ours if client.package else ()), client.python)
+    state = hashlib.sha256("\n".join(asks).encode()).hexdigest()
     ready = folder / ".ready"
     if not ready.is_file() or ready.read_text() != state:
         python = client.python or sys.executable
         subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
         constraints.write_text(kept + "\n")
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
         package = ["--editable", f"{ROOT}[peft]"] if client.package else []
-        done = subprocess.run([*pip, *client.requirements, *package], capture_output=True, text=True)
+        done = subprocess.run(
+            [*pip, "--constraint", str(constraints), *client.requirements, *package], capture_output=True, text=True
+        )
         if done.returncode != 0:
             raise RuntimeError(first_error(done.stderr))
+        if client.without:
+            subprocess.run([*pip[:3], "uninstall", "--quiet", "--yes", *client.without], check=True)
         ready.write_text(state)
     return folder / "bin"
 
@@ -113,27 +120,52 @@ def run(name: str, client: Client, models: Path, work: Path) -> Result:
     return {"date": today, "versions": result["versions"], "rows": rows}
 
 
+def not_run(client: Client) -> Result:
+    """The rows of a client that has no results yet."""
+    rows = [{"what": check.what, "outcome": "not run yet", "seen": ""} for check in client.checks]
+    return {"date": "", "versions": {}, "rows": rows}
+
+
 def page(results: dict[str, Result], listed: dict[str, Client]) -> str:
     """The table of all outcomes, then how each tool is used, in Markdown."""
     lines = ["| tool | run on | with | what was run | outcome | what was seen |", "|---|---|---|---|---|---|"]
-    for name, result in results.items():
+    for name, client in listed.items():
+        result = results.get(name) or not_run(client)
         used = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
         for row in result["rows"]:
-            cells = [listed[name].tool, result["date"], used, row["what"], row["outcome"], row["seen"]]
+            cells = [client.tool, result["date"], used, row["what"], row["outcome"], row["seen"]]
             lines.append("| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|") for cell in cells) + " |")
-    for name in results:
-        lines += ["", f"## {listed[name].tool}", "", listed[name].use]
+    for client in listed.values():
+        lines += ["", f"## {client.tool}", "", client.use]
     return "\n".join(lines)
 
 
+def summary(results: dict[str, Result], listed: dict[str, Client]) -> list[dict[str, str]]:
+    """What `kromhc doctor` says of each tool: its package, how it is used, and what came out."""
+    return [
+        {
+            "tool": listed[name].tool,
+            "package": Requirement(listed[name].requirements[0]).name,
+            "use": re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", listed[name].use).replace("`", ""),
+            "outcome": ", ".join(dict.fromkeys(row["outcome"] for row in result["rows"])),
+            "date": result["date"],
+        }
+        for name, result in results.items()
+    ]
+
+
 def write(file: Path, found: dict[str, Result]) -> None:
-    """Puts results into the JSON file beside a page, where those of other clients stay, and between its markers."""
+    """Puts results into the JSON file beside a page, where those of other clients stay, and between its markers.
+
+    The package gets a summary of them.
+    """
     listed, beside = clients(), file.with_suffix(".json")
     before = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     both = {**before, **found}
     results = {name: both[name] for name in listed if name in both}
     beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     put_between(file, BEGIN, END, page(results, listed))
+    SUMMARY.write_text(json.dumps(summary(results, listed), indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

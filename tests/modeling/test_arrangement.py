@@ -164,6 +164,14 @@ def test_plain_layers_are_refused_and_foreign_ones_with_other_options():
     assert torch.equal(logits(model), expected)
 
 
+def test_pipeline_stages_are_refused():
+    """As vLLM leaves a model on its first stage: what stands for the other layers is empty."""
+    model = connected()
+    model.model.layers[-1] = nn.Identity()
+    with pytest.raises(ValueError, match=r"must be in one pipeline stage.* layer 2 is an empty Identity"):
+        logits(model)
+
+
 def test_a_layer_of_another_model_with_the_same_options(tmp_path):
     model, donor = connected(0.3), connected(0.6)
     model.model.layers[2] = donor.model.layers[0]

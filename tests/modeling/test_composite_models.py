@@ -63,9 +63,9 @@ def test_logits_with_an_image_and_the_way_back(model_type):
     assert not torch.equal(run(model, other_image(inputs)).logits, native.logits)
     classes, tensors = states(model)
     config = model.config.to_dict()
-    for num_streams in (3, 4):
-        apply_hyper_connections(model, num_streams)
-        assert model.config.hc_num_streams == num_streams
+    for options in ({"num_streams": 3}, {"num_streams": 4, "layers": "1:"}):
+        apply_hyper_connections(model, **options)
+        assert model.config.hc_num_streams == options["num_streams"]
         converted = run(model, inputs, output_hidden_states=True)
         assert_equal(converted.logits, native.logits, model_type)
         assert type(converted) is type(native)

@@ -11,7 +11,8 @@ from support.rows import proposal
 from support.tiny import configurations, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -27,8 +28,10 @@ from kromhc_hf import (
 )
 from kromhc_hf.families_table import (
     BEGIN,
+    COUNTS,
     END,
     describe,
+    families_counts,
     families_markdown,
     families_table,
     write_families,
@@ -190,17 +193,23 @@ def test_the_table_has_what_the_installed_release_has_and_the_readme_all(monkeyp
     assert " lfm2," in families_markdown()
 
 
-def test_readme_shows_the_table():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.partition(BEGIN)[2].partition(END)[0]
-    assert shown == f"\n{families_markdown()}\n", "run: python -m kromhc_hf.families_table README.md"
+def test_pages_show_the_table_and_its_counts():
+    run = "run: python -m kromhc_hf.families_table docs/models.md README.md"
+    for name, (begin, end), text in (
+        ("docs/models.md", (BEGIN, END), families_markdown()),
+        ("README.md", COUNTS, families_counts()),
+    ):
+        shown = (ROOT / name).read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
+        assert shown == f"\n{text}\n", run
 
 
 def test_the_command_writes_the_table(tmp_path):
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    subprocess.run([sys.executable, "-m", "kromhc_hf.families_table", str(file)], check=True, cwd=ROOT)
-    assert file.read_text() == f"before\n{BEGIN}\n{families_markdown()}\n{END}\nafter\n"
+    page, readme = tmp_path / "models.md", tmp_path / "README.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    readme.write_text("\n".join(COUNTS))
+    subprocess.run([sys.executable, "-m", "kromhc_hf.families_table", str(page), str(readme)], check=True, cwd=ROOT)
+    assert page.read_text() == f"before\n{BEGIN}\n{families_markdown()}\n{END}\nafter\n"
+    assert readme.read_text() == f"{COUNTS[0]}\n{families_counts()}\n{COUNTS[1]}"
 
 
 def test_a_file_without_markers_is_refused(tmp_path):

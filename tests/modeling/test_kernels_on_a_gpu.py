@@ -16,13 +16,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@pytest.mark.parametrize("num_streams", [2, 3, 4, 8])
+KINDS = [("kromhc", 2), ("kromhc", 3), ("kromhc", 4), ("kromhc", 8), ("mhc", 8), ("hc", 8), ("mhc_lite", 6), ("tbp", 8)]
+
+
+@pytest.mark.parametrize(("variant", "num_streams"), KINDS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_check_passes(dtype: torch.dtype, num_streams: int) -> None:
-    module, streams = HyperConnection(96, num_streams, device="cuda"), torch.randn(1, 5, num_streams, 96).cuda()
+def test_check_passes(dtype: torch.dtype, variant: str, num_streams: int) -> None:
+    module = HyperConnection(96, num_streams, variant=variant, device="cuda")
+    streams = torch.randn(1, 5, num_streams, 96).cuda()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        chosen = kernels.select_connect(module.kernel, streams.to(dtype), torch.float32, num_streams, 96)
+        chosen = kernels.select_connect(module.kernel, streams.to(dtype), torch.float32, num_streams, 96, variant)
     assert chosen is kernels.connect_triton
     assert "kernel='auto' (triton)" in repr(module)
 

@@ -96,7 +96,7 @@ def test_a_readout_after_the_norm_goes_with_the_last_layer(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
     model.model.layers.append(six_layers().model.layers[5])
     model.config.num_hidden_layers = 7
-    with pytest.raises(ValueError, match="must go up to the last one, 6; got 4 to 5"):
+    with pytest.raises(ValueError, match="must run up to the last one, 6; got streams in 4 to 5"):
         logits(model)
 
 

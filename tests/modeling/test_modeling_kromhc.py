@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from kromhc_hf import (
     KromHCForSequenceClassification,
     KromHCModel,
     apply_hyper_connections,
+    remove_hyper_connections,
 )
 
 
@@ -203,6 +205,37 @@ def test_paper_init_trains_from_scratch():
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.7 * losses[0]
+
+
+def said_in_training(model) -> list[str]:
+    """What is said when a model goes into training, twice."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.train().eval().train()
+    return [str(warning.message) for warning in caught]
+
+
+def test_training_from_scratch_with_the_lossless_init_warns(tmp_path):
+    backbone = configurations("llama")[0]
+    config = KromHCConfig(backbone_config=backbone)
+    for make in (KromHCForCausalLM, AutoModelForCausalLM.from_config):
+        (message,) = said_in_training(make(config))
+        assert "hc_init='identity' is for pretrained weights" in message
+        assert "Use hc_init='paper'" in message
+    for options in ({"hc_init": "paper"}, {"hc_num_streams": 1}):
+        assert not said_in_training(KromHCForCausalLM(KromHCConfig(backbone_config=backbone, **options)))
+    # Weights that come from somewhere, in whichever way.
+    assert not said_in_training(apply_hyper_connections(make_model(backbone, torch.float32)))
+    model = KromHCForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    assert not said_in_training(KromHCForCausalLM.from_pretrained(tmp_path))
+    for part in ("", "model"):
+        loaded = KromHCForCausalLM(config)
+        loaded.get_submodule(part).load_state_dict(model.get_submodule(part).state_dict())
+        assert not said_in_training(loaded)
+    with torch.device("meta"):
+        assert not said_in_training(KromHCForCausalLM(config))
+    assert not said_in_training(remove_hyper_connections(KromHCForCausalLM(config)))
 
 
 def test_static_mappings_have_no_weight(tmp_path):

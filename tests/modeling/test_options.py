@@ -23,12 +23,14 @@ from kromhc_hf import (
     count_parameters,
 )
 from kromhc_hf.modeling.families import COMPOSITE, REFUSED, ROWS
+from kromhc_hf.modeling.generators import GENERATORS
 from kromhc_hf.modeling.options import BRANCH_OPTIONS, OPTIONS, StreamOptions, described_option
 from kromhc_hf.modeling.releases import _mappings_file, has_family
 from kromhc_hf.modeling.stream_ends import READOUTS
 from kromhc_hf.modeling.variants import VARIANTS
 
 
+WITHOUT_WEIGHT = ("generator", "generator_rank", "read_rank")
 PROJECT = Path(kromhc_hf.__file__).parents[1]
 TAKE_ALL = (apply_hyper_connections, convert_checkpoint, count_parameters, KromHCPeftConfig, StreamOptions)
 
@@ -62,10 +64,8 @@ def test_a_configuration_has_every_option_as_a_field():
 
 
 def test_pages_list_every_option_with_its_default():
-    readme, reference = ((PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/reference.md"))
+    reference = (PROJECT / "docs" / "reference.md").read_text(encoding="utf-8")
     for name, option in OPTIONS.items():
-        default = f"`{option.default}`" if isinstance(option.default, str | bool) else f"{option.default}"
-        assert f"| `{name}` | {default} |" in readme, name
         assert f"| `{name}` | `{option.default!r}` | {described_option(option)} |" in reference, name
 
 
@@ -113,13 +113,14 @@ def test_a_configuration_names_its_fields_in_rule_and_way_out():
 @pytest.mark.parametrize(
     ("options", "unread"),
     [
-        ({}, {"sinkhorn_iterations"}),
-        ({"variant": "mhc"}, set()),
-        ({"variant": "mhc", "init": "paper", "readout": "sum"}, {"residual_logit"}),
-        ({"variant": "hc"}, {"sinkhorn_iterations", "residual_logit"}),
-        ({"variant": "identity", "dynamic": False}, {"sinkhorn_iterations", "residual_logit", "eps"}),
-        ({"variant": "mhc", "dynamic": False, "readout": "softmax"}, {"eps"}),
-        ({"variant": "mhc", "dynamic": False, "readout": "sigmoid"}, set()),
+        ({}, {"sinkhorn_iterations", "generator_rank", "read_rank"}),
+        ({"generator": "cp", "read": "gated"}, {"sinkhorn_iterations"}),
+        ({"variant": "mhc"}, {"generator_rank", "read_rank"}),
+        ({"variant": "mhc", "init": "paper", "readout": "sum"}, {"residual_logit", "generator_rank", "read_rank"}),
+        ({"variant": "hc"}, {"sinkhorn_iterations", "residual_logit", "generator_rank", "read_rank"}),
+        ({"variant": "identity", "dynamic": False}, {"sinkhorn_iterations", "residual_logit", "eps", *WITHOUT_WEIGHT}),
+        ({"variant": "mhc", "dynamic": False, "readout": "softmax"}, {"eps", *WITHOUT_WEIGHT}),
+        ({"variant": "mhc", "dynamic": False, "readout": "sigmoid"}, {*WITHOUT_WEIGHT}),
         ({"num_streams": 1}, OPTIONS.keys() - {"num_streams"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -241,6 +242,7 @@ def test_a_new_option_is_one_field(tmp_path):
 
 def test_names_that_options_may_have_are_those_that_there_are():
     assert OPTIONS["variant"].choices == tuple(VARIANTS)
+    assert OPTIONS["generator"].choices == tuple(GENERATORS)
     assert OPTIONS["readout"].choices == tuple(READOUTS)
 
 

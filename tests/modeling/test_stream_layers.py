@@ -149,7 +149,13 @@ def test_early_exit_at_every_depth(layers, readout):
         for _ in range(6):
             expected = torch.cat([expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(model.generate(prompt, **options), expected)
-    for depth in range(1, 6):
+    if readout == "norm_sum":
+        with pytest.raises(
+            ValueError, match=r"must run up to the last one, 0; got streams in . to 5. .*leave early behind"
+        ):
+            model.generate(prompt, assistant_early_exit=1, **options)
+        model.config.num_hidden_layers = 6  # generate has lowered it
+    for depth in range(layers[0] + 1 if readout == "norm_sum" else 1, 6):
         assert torch.equal(model.generate(prompt, assistant_early_exit=depth, **options), expected), depth
 
 

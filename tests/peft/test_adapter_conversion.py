@@ -74,7 +74,7 @@ AWAY = [
     {"variant": "mhc", "sinkhorn_iterations": 2, "eps": 1e-2},
     {"variant": "go_mhc", "num_streams": 3},
     {"variant": "orthogonal", "num_streams": 2},
-    {"variant": "tbp", "stream_embedding": True, "residual_logit": 1.0, "layers": (1, 2)},
+    {"variant": "tbp", "stream_embedding": True, "residual_logit": 1.0, "layers": (1, 2), "stream_recompute": 2},
     {"variant": "mhc_lite", "num_streams": 2, "dynamic": False, "readout": "softmax"},
     *(
         {"variant": variant, "readout": readout, "eps": 1e-3, "stream_embedding": True}

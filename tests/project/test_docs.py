@@ -137,7 +137,7 @@ def names_below_the_root(text: str) -> set[str]:
         ("import kromhc_hf.demo", {".demo"}),
         ("use `kromhc_hf.parameter_counts.count_parameters`.", {".parameter_counts.count_parameters"}),
         ("`kromhc_hf.Mappings.h_pre`, kromhc_hf/families.py, Path(kromhc_hf.__file__)", set()),
-        ("kromhc_hf. And then `python -m kromhc_hf.families_table README.md`", set()),
+        ("kromhc_hf. And then `python -m kromhc_hf.families_table docs/models.md README.md`", set()),
         ("from kromhc_hf import KromHCPeftConfig  # plots, and more", set()),
     ],
 )
@@ -158,3 +158,13 @@ def test_the_reference_has_every_public_name():
     assert page.count(":::") == len(documented)
     assert "`push_folder` is the earlier name" in page
     assert sorted([*documented, "push_folder"]) == sorted(kromhc_hf.__all__)
+
+
+def test_messages_that_are_explained_are_messages_of_the_package():
+    titles = re.findall(r"^## (.*)$", (DOCS / "messages.md").read_text(encoding="utf-8"), re.M)
+    assert len(titles) > 5
+    # Texts are broken over lines, and have values in them.
+    source = "".join(p.read_text(encoding="utf-8") for p in sorted((PROJECT / "kromhc_hf").rglob("*.py")))
+    joined = re.sub(r"\{[^{}]*\} ?", "", re.sub(r'"\s*\n\s*f?"', "", source))
+    for title in titles:
+        assert title in joined, title

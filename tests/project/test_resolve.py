@@ -48,12 +48,12 @@ def test_every_lower_bound_is_run_and_told():
     assert tuple(sorted(asked)) == tuple(sorted(resolve.BOUNDED))
     pins = map(Requirement, re.findall(r"^[\w-]+==.*", (PROJECT / "constraints-floor.txt").read_text("utf-8"), re.M))
     floor = {pin.name: Version(str(pin.specifier).removeprefix("==")) for pin in pins}
-    # torch is the exception that the README names: of old releases there is no build for CPUs alone to run.
+    # torch is the exception that the page names: of old releases there is no build for CPUs alone to run.
     assert floor == {name: lower(requirement) for name, requirement in asked.items() if name != "torch"}
-    readme = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    page = " ".join((PROJECT / "docs" / "installs-beside.md").read_text(encoding="utf-8").split())
     for name, version in floor.items():
-        assert f"{name} {version}" in readme
-    assert f"older ones from {lower(asked['torch'])} on have not been run" in readme
+        assert f"{name} {version}" in page
+    assert f"older ones from {lower(asked['torch'])} on have not been run" in page
 
 
 @pytest.fixture

@@ -209,7 +209,31 @@ def native_fsdp2(folder: Path, ids: torch.Tensor, mine: torch.Tensor) -> dict:
     return result
 
 
-MODES = [ddp, frozen_ddp, tensor_parallel, native_fsdp2, fsdp2, fsdp2_bfloat16]
+def recomputed_fsdp2(folder: Path, ids: torch.Tensor, mine: torch.Tensor) -> dict:
+    """A step that keeps all streams, and one that keeps the first alone, although FSDP stands between the layers."""
+    config = DistributedConfig(fsdp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(saved(folder), distributed_config=config).train()
+    size, gradients, kept = mine.numel() * 4 * model.config.hidden_size, [], []
+    for blocks in ("none", 100):
+        model.config.hc_stream_recompute = blocks
+        model.zero_grad()
+        found: dict[int, torch.Tensor] = {}
+
+        def note(tensor: torch.Tensor, found: dict = found) -> torch.Tensor:
+            if tensor.numel() == size and tensor.dim() == 4 and tensor.stride(-2) > 0:
+                found[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(input_ids=mine, labels=mine).loss
+        loss.backward()
+        gradients.append({name: full(p.grad).clone() for name, p in model.named_parameters()})
+        kept.append(len(found))
+    different = [name for name, value in gradients[0].items() if not torch.equal(value, gradients[1][name])]
+    return {"different": different, "compared": len(gradients[0]), "kept": kept}
+
+
+MODES = [ddp, frozen_ddp, tensor_parallel, native_fsdp2, recomputed_fsdp2, fsdp2, fsdp2_bfloat16]
 
 
 def main() -> None:

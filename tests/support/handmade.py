@@ -29,6 +29,7 @@ def handmade(*h_res: torch.Tensor, name: str = "by hand", **changes) -> Inspecti
         "variant": "kromhc",
         "num_streams": N,
         "dynamic": True,
+        "kernel": "'auto' (torch)",
         "added_parameters": 12,
         "tokens": TOKENS,
         "records": {branch: record(matrix) for branch, matrix in zip(branches, h_res)},

@@ -7,7 +7,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kromhc_hf import HyperConnection
-from kromhc_hf.modeling import kernels, kernels_check, kernels_connect, kernels_triton_width
+from kromhc_hf.modeling import (
+    kernels,
+    kernels_check,
+    kernels_connect,
+    kernels_triton,
+    kernels_triton_gradients,
+    kernels_triton_projection,
+    kernels_triton_width,
+)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,7 +32,8 @@ def checked(monkeypatch) -> dict:
 
 
 def chosen(module: HyperConnection, streams: torch.Tensor) -> str:
-    return kernels.select_connect(module.kernel, streams, torch.float32, *streams.shape[-2:]).__name__
+    variant = module.options["variant"]
+    return kernels.select_connect(module.kernel, streams, torch.float32, *streams.shape[-2:], variant).__name__
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -44,18 +53,43 @@ def test_auto_takes_kernels_that_agree(dtype: torch.dtype, checked: dict, recwar
 def test_checks_once_for_each_kind_of_streams(checked: dict, monkeypatch) -> None:
     kinds = []
     monkeypatch.setattr(kernels_check, "_difference", lambda *kind: kinds.append(kind[1:]))
-    for dtype, num_streams, hidden_size in [
-        (torch.float32, 4, 64),
-        (torch.float32, 4, 128),
-        (torch.float32, 4, 17),
-        (torch.bfloat16, 4, 64),
-        (torch.float32, 2, 64),
+    for dtype, num_streams, hidden_size, variant in [
+        (torch.float32, 4, 64, "kromhc"),
+        (torch.float32, 4, 128, "kromhc"),
+        (torch.float32, 4, 17, "kromhc"),
+        (torch.bfloat16, 4, 64, "kromhc"),
+        (torch.float32, 2, 64, "kromhc"),
+        (torch.float32, 2, 64, "hc"),
     ]:
         for _ in range(2):
             streams = torch.randn(1, 3, num_streams, hidden_size).to(dtype)
-            assert chosen(HyperConnection(hidden_size, num_streams), streams) == "connect_triton"
-    four = [(torch.float32, 4, True), (torch.float32, 4, False), (torch.bfloat16, 4, True), (torch.float32, 2, True)]
-    assert kinds == four
+            assert chosen(HyperConnection(hidden_size, num_streams, variant=variant), streams) == "connect_triton"
+    assert kinds == [
+        (torch.float32, 4, True, "kromhc"),
+        (torch.float32, 4, False, "kromhc"),
+        (torch.bfloat16, 4, True, "kromhc"),
+        (torch.float32, 2, True, "kromhc"),
+        (torch.float32, 2, True, "hc"),
+    ]
+
+
+@pytest.mark.parametrize(("variant", "num_streams"), [("mhc", 8), ("hc", 8), ("mhc_lite", 6)])
+def test_check_compiles_what_the_variant_runs(variant: str, num_streams: int, checked: dict, monkeypatch) -> None:
+    """Weights of more outputs than one program takes, or of one stream at a time, have launch sizes of their own."""
+    launched: set = set()
+    for module in (kernels_triton, kernels_triton_gradients, kernels_triton_projection):
+
+        def watched(kernel: object, grid: object, *arguments: object, run=module.run, **constants: object) -> None:
+            launched.add((kernel.__name__, *sorted(constants.items())))
+            run(kernel, grid, *arguments, **constants)
+
+        monkeypatch.setattr(module, "run", watched)
+    connection, streams = HyperConnection(16, num_streams, variant=variant), torch.randn(1, 3, num_streams, 16)
+    assert chosen(connection, streams) == "connect_triton"
+    by_the_check = launched.copy()
+    branch_input, write = connection(streams.requires_grad_())
+    write(branch_input).sum().backward()
+    assert launched == by_the_check
 
 
 def fails(*arguments: object) -> None:
@@ -108,7 +142,9 @@ def test_auto_leaves_kernels_that_are_wrong(fault: str, dtype: torch.dtype, chec
     monkeypatch.setattr(*WRONG[fault]())
     module, streams = HyperConnection(64, 4), torch.randn(1, 3, 4, 64).to(dtype)
     reason = "RuntimeError: ptxas has failed. Plain" if fault == "compiler" else "has a relative error of"
-    with pytest.warns(RuntimeWarning, match=rf"The Triton kernels for 4 streams in {dtype} on cpu.*{reason}") as caught:
+    with pytest.warns(
+        RuntimeWarning, match=rf"The Triton kernels for 4 streams .*in {dtype} on cpu.*{reason}"
+    ) as caught:
         found = [chosen(module, streams) for _ in range(2)]
     assert found == ["connect", "connect"]
     assert len(caught) == 1

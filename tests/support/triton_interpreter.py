@@ -251,3 +251,32 @@ def test_refuses_derivatives_that_it_does_not_have() -> None:
     for transform in (torch.func.grad(squares), lambda x: torch.func.jvp(squares, (x,), (x,))):
         with pytest.raises(ValueError, match=r"kernel 'triton' has no forward-mode derivatives.*Use kernel='auto'"):
             transform(streams)
+
+
+@pytest.mark.parametrize(("variant", "dynamic"), [("kromhc", True), ("kromhc", False), ("hc", True)])
+def test_streams_that_are_not_kept(variant: str, dynamic: bool) -> None:
+    assert fuses(*[getattr(HyperConnection(16, 4), name) for name in ("weight", "mixing")])
+    connections = [HyperConnection(16, 4, variant=variant, dynamic=dynamic, branch_index=i) for i in range(3)]
+    parameters = [parameter for module in connections for parameter in module.parameters()]
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.3)
+    first, cotangent = torch.randn(1, 3, 4, 16), torch.randn(1, 3, 4, 16)
+    results = []
+    for branches in (0, 2, 3):
+        leaf, saved = first.clone().requires_grad_(), {}
+        streams = leaf.clone()
+
+        def pack(tensor, saved=saved):
+            if tensor.numel() == first.numel():
+                saved[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            for module in connections:
+                module.kernel = "triton"
+                branch_input, write = module(streams, branches)
+                streams = write(torch.tanh(branch_input))
+        results.append([streams, *torch.autograd.grad(streams, [leaf, *parameters], cotangent)])
+        assert len(saved) == {0: 3, 2: 2, 3: 1}[branches]
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))
