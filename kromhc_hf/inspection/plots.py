@@ -202,8 +202,8 @@ def curves_figure(
         # Later curves are thinner, so that equal ones can all be seen.
         left = len(curves) - 1 - i
         size, width, shape = 3 + 0.6 * left, 1.3 + 0.5 * left, "osD^vX"[i]
-        line = {"color": SERIES[i], "linewidth": width, "label": name}
-        panel.plot(depth, values, **line, marker=shape, markersize=size, markevery=-(-len(depth) // 32))
+        (line,) = panel.plot(depth, values, color=SERIES[i], marker=shape, label=name)
+        line.set(markersize=size, linewidth=width, markevery=-(-len(depth) // 32))
     for i, (_, values) in enumerate(earlier):
         legend = "before" if i == 0 else None
         panel.plot(depth, values, color=SERIES[i], linestyle="--", linewidth=1.2, label=legend)

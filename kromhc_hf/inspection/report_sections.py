@@ -99,7 +99,8 @@ def _change(inspection: Inspection, before: Inspection) -> Section:
 def _reading_and_writing(inspection: Inspection, which: str) -> Section:
     names = list(inspection.records)
     pictures = []
-    for key, symbol, top in (("h_pre", "H_pre", 1.0), ("h_post", "H_post", 2.0)):
+    # Many streams are read with small weights, which a scale up to 1 would not tell from 0.
+    for key, symbol, top in (("h_pre", "H_pre", min(1.0, 4 / inspection.num_streams)), ("h_post", "H_post", 2.0)):
         values = torch.stack([mean_mapping(getattr(record, key)) for record in inspection.records.values()])
         limits = (min(0.0, values.min().item()), max(top, values.max().item()))
         label = f"{symbol}: weight (no unit), mean over tokens"

@@ -48,8 +48,8 @@ def said_of_odd_ones(odd: Mapping[str, float]) -> str:
     named = [f"{short_name(name)} ({distance:.1%})" for name, distance in list(odd.items())[:MOST_NAMED]]
     more = f" and {len(odd) - len(named)} more" if len(odd) > len(named) else ""
     return (
-        f"Framed, since unlike the others: {', '.join(named)}{more}, in brackets the share of a stream that comes from "
-        "elsewhere than at the median of all branches."
+        f"Framed, since unlike the others: {', '.join(named)}{more}, in brackets by what share of a stream they differ "
+        "from the median of all branches."
     )
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from kromhc_hf import inspect_model, record_mappings, write_report
+from kromhc_hf import inspect_model, record_mappings
 from kromhc_hf.inspection.native_streams import NATIVE_STREAMS, native_branches
+from kromhc_hf.inspection.tables import total_rows
 from kromhc_hf.modeling.releases import has_family
 
 
@@ -111,7 +112,7 @@ def test_recording_changes_nothing_and_leaves_nothing(model):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_inspection_says_what_it_shows(model, tmp_path):
+def test_the_inspection_says_what_it_shows(model):
     inspection = inspect_model(model, IDS)
     native = NATIVE_STREAMS[model.config.get_text_config().model_type]
     assert inspection.num_streams == 3
@@ -122,11 +123,7 @@ def test_the_inspection_says_what_it_shows(model, tmp_path):
     assert inspection.added_parameters == sum(p.numel() for p in own)
     error = inspection.total["doubly_stochastic_error"]
     assert (error == 0) if "not mixed" in native.said else error > 0
-    path = tmp_path / "report.html"
-    write_report(inspection, path)
-    page = path.read_text(encoding="utf-8")
-    assert native.said in page
-    assert json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])["model"]["said"] == native.said
+    assert dict(total_rows(inspection))["as shown here"] == native.said
 
 
 def test_the_gated_read_is_shown_as_its_mean_over_channels():
@@ -166,7 +163,10 @@ def test_weights_that_do_not_give_what_was_read_are_refused(model_type, monkeypa
 @pytest.mark.skipif("deepseek_v4" not in PRESENT, reason="this release of transformers does not have it")
 def test_the_command_shows_a_checkpoint_with_streams_from_birth(kromhc, tmp_path):
     tiny("deepseek_v4").save_pretrained(tmp_path / "model")
-    code, out, err = kromhc("inspect", tmp_path / "model", "--max-tokens", "8")
+    code, out, err = kromhc("inspect", tmp_path / "model", "--max-tokens", "8", "--output", tmp_path / "report")
     assert code == 0, err
     assert "mhc, from birth, 3 streams, 4 branches" in out
     assert "transpose of its own matrix" in " ".join(out.split())
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    numbers = json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])
+    assert numbers["model"]["said"] in page.partition("<script")[0]
