@@ -16,7 +16,7 @@ from ..modeling.mixing import doubly_stochastic_error
 from ..modeling.options import OPTIONS
 from ..modeling.variants import make_mixing
 from ..training import hyper_connection_parameters, whole_shape
-from .native_streams import native_branches, native_streams
+from .native_streams import NATIVE_MODEL_TYPES, native_branches, native_streams
 from .recording import BranchRecord, record_mappings
 from .statistics import composite_products, stream_statistics
 
@@ -189,7 +189,8 @@ def inspect_checkpoints(
             is empty, or the checkpoints have different vocabularies or branches.
         OSError: if one of them cannot be loaded.
     """
-    opened_all = (StoredModel.open(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in checkpoints)
+    given: dict[str, Any] = {"trust_remote_code": trust_remote_code, "also": NATIVE_MODEL_TYPES}
+    opened_all = (StoredModel.open(checkpoint, **given) for checkpoint in checkpoints)
     stored = [opened if native_streams(opened.config) else opened.with_streams() for opened in opened_all]
     configs = [model.config for model in stored]
     for checkpoint, config in zip(checkpoints, configs):

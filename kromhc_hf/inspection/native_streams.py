@@ -154,3 +154,5 @@ NATIVE_STREAMS: dict[str, NativeStreams] = {
         names={"attn_hc": "attn_hyper_connection", "ffn_hc": "mlp_hyper_connection"},
     ),
 }
+# With the model types that have one of them inside.
+NATIVE_MODEL_TYPES = {*NATIVE_STREAMS, *(model_type.removesuffix("_text") for model_type in NATIVE_STREAMS)}
