@@ -80,15 +80,16 @@ clients: $(READY)
 deepspeed: $(READY)
 	PYTHONPATH=.:tests $(BIN)/python -m clients.run deepspeed
 
-# Bases of every quantisation that transformers knows, as far as a CPU goes. pip builds one of the packages against torch.
-quantised: .venv-quantised/.ready
-	.venv-quantised/bin/python tests/quantised/run.py --write docs/quantised-bases.md
+# Bases of every quantisation that transformers knows, as far as a CPU goes: `make quantised SCHEMES="--scheme gptq"` for some.
+# What only this needs lies in a folder of its own; pip builds one of the packages against torch.
+quantised: .quantised/.ready
+	PYTHONPATH=.:.quantised $(BIN)/python tests/quantised/run.py $(SCHEMES) --write docs/quantised-bases.md
 
-.venv-quantised/.ready: pyproject.toml constraints.txt tests/quantised/packages.txt
-	$(PYTHON) -m venv .venv-quantised
-	.venv-quantised/bin/pip install --constraint constraints.txt --editable ".[peft]" \
-		accelerate bitsandbytes torchao setuptools wheel
-	BUILD_CUDA_EXT=0 .venv-quantised/bin/pip install --no-deps --no-build-isolation --requirement tests/quantised/packages.txt
+.quantised/.ready: $(READY) tests/quantised/packages.txt
+	rm -rf .quantised
+	$(BIN)/pip install --target .quantised wheel
+	BUILD_CUDA_EXT=0 PYTHONPATH=.quantised $(BIN)/pip install --target .quantised --no-deps --no-build-isolation \
+		--requirement tests/quantised/packages.txt
 	@touch $@
 
 # Wheel and source distribution in dist, checked as a package index would.
@@ -98,4 +99,4 @@ release: $(READY)
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-quantised .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-floor .quantised .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

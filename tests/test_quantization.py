@@ -1,10 +1,13 @@
 """Weight-only quantisation: the backbone's matrices shrink, hyper-connections stay in fp32, the result reloads."""
 
+import json
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 from quantised.check import CHECKS, checked
+from quantised.run import BEGIN, END, left_out, shown
 from quantised.schemes import SCHEMES as STORED
 from quantised.schemes import Scheme, packed, replaced
 from support.composite import composite_configuration
@@ -87,6 +90,14 @@ def test_a_base_that_cannot_run_here_is_converted_and_not_verified(tmp_path):
     assert outcomes["logits"].native
     with pytest.raises(ValueError, match=r"quantised \(fbgemm_fp8\), which does not run here: .* GPU.* Converting it"):
         verify_conversion(tmp_path / "base", tmp_path / "out")
+
+
+def test_every_method_has_a_scheme_and_the_page_shows_what_was_found():
+    page = Path(__file__).resolve().parents[1] / "docs" / "quantised-bases.md"
+    content = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip() == shown(content)
+    assert set(content["schemes"]) <= set(STORED)
+    assert left_out() == []
 
 
 @pytest.mark.parametrize("pattern", [r"re:model\.layers\..*", r"re:.*weight", r"re:.*(attn|readout).*"])

@@ -82,19 +82,22 @@ def left_out() -> list[str]:
 
 
 def shown(content: dict[str, Any]) -> str:
-    """The results in Markdown: when and with what they were found, and the table."""
-    head = f"Found on {content['date']} by `make quantised` on a CPU, with {', '.join(content['packages'])}."
+    """What stands between the markers: when and with what it was last run, and the table."""
+    head = f"Last run on {content['date']} on a CPU, with {', '.join(content['packages'])}."
     return f"{head}\n\n{table(content['schemes'])}"
 
 
 def write(page: Path, schemes: dict[str, Found]) -> None:
-    """Puts the results beside a page, where those of other schemes stay, and the table between its markers."""
-    beside = page.with_suffix(".json")
-    if beside.is_file():
-        schemes = {**json.loads(beside.read_text(encoding="utf-8"))["schemes"], **schemes}
+    """Puts the results beside a page, and the table between its markers.
+
+    Those of other schemes stay if they were found with the same packages.
+    """
+    beside, packages = page.with_suffix(".json"), [f"{name} {version(name)}" for name in NAMED]
+    if beside.is_file() and (before := json.loads(beside.read_text(encoding="utf-8")))["packages"] == packages:
+        schemes = {**before["schemes"], **schemes}
     content = {
         "date": datetime.date.today().isoformat(),
-        "packages": [f"{name} {version(name)}" for name in NAMED],
+        "packages": packages,
         "schemes": {name: schemes[name] for name in SCHEMES if name in schemes},
     }
     beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

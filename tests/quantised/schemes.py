@@ -146,6 +146,25 @@ def block_fp8(_: str, module: nn.Linear) -> dict[str, Tensor]:
     }
 
 
+def block_mxfp8(_: str, module: nn.Linear) -> dict[str, Tensor]:
+    """A power of two for 32 numbers, as a byte."""
+    rows, columns = module.weight.shape
+    return {
+        "weight": module.weight.detach().to(torch.float8_e4m3fn),
+        "weight_scale_inv": torch.randint(126, 129, (rows, columns // 32), dtype=torch.uint8),
+    }
+
+
+def affine(_: str, module: nn.Linear) -> dict[str, Tensor]:
+    """Eight numbers of 4 bits in an integer, a factor and a summand for each group."""
+    rows, columns = module.weight.shape
+    return {
+        "weight": torch.randint(2**32, (rows, columns // 8)).to(torch.uint32),
+        "scales": 0.02 * torch.rand(rows, columns // GROUP),
+        "qbiases": -0.15 * torch.rand(rows, columns // GROUP),
+    }
+
+
 def torchao(name: str, **options: Any) -> Callable[[], Any]:
     def options_of() -> Any:
         from torchao import quantization
@@ -195,6 +214,8 @@ GPTQ = {"quant_method": "gptq", **GROUPS, "desc_act": False, "sym": True, "check
 AWQ = {"quant_method": "awq", **GROUPS, "zero_point": True, "version": "gemm", "format": "gemm"}
 AUTO_ROUND = {"quant_method": "auto-round", **GROUPS, "sym": True, "packing_format": "auto_round:auto_gptq"}
 AQLM = {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1, "num_codebooks": 1, "nbits_per_codebook": 8}
+METAL = {"quant_method": "metal", **GROUPS}
+MXFP8 = {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [GROUP, GROUP], "activation_scheme": "dynamic"}
 
 
@@ -276,8 +297,8 @@ SCHEMES = {
     "spqr": Scheme("spqr", replaced({"quant_method": "spqr"}, packed("row_offsets", "dense_weights", "col_vals"))),
     "fp_quant": Scheme("fp_quant", replaced({"quant_method": "fp_quant"}, packed("qweight", "scales"))),
     "quark": Scheme("quark", replaced({"quant_method": "quark"}, packed("weight", "weight_scale"))),
-    "metal": Scheme("metal", replaced({"quant_method": "metal"}, packed("weight", "scales", "qbiases"))),
+    "metal": Scheme("metal", replaced(METAL, affine)),
     "fouroversix": Scheme("fouroversix", replaced({"quant_method": "fouroversix"}, packed("weight", "weight_scale"))),
-    "mxfp8": Scheme("mxfp8", replaced({"quant_method": "mxfp8"}, packed("weight", "weight_scale_inv"))),
+    "mxfp8": Scheme("mxfp8", replaced(MXFP8, block_mxfp8, torch.bfloat16)),
     "nvfp4": Scheme("nvfp4", live=named("NVFP4Config")),
 }
