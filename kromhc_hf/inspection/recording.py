@@ -85,7 +85,7 @@ def record_mappings(
     def own_hook(name: str) -> Callable[..., None]:
         def record(module: Any, args: tuple[Tensor, ...]) -> None:
             streams = first_tokens(args[0])
-            take(name, lambda: BranchRecord(*module.mappings(streams), streams))
+            take(name, lambda: BranchRecord._make((*module.mappings(streams), streams)))
 
         return record
 
