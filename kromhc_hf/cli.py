@@ -196,7 +196,7 @@ def verify(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted checkpoint.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint with streams.")],
     before: Annotated[str | None, typer.Option(help="An earlier checkpoint of the same model, to compare.")] = None,
     text: Annotated[Path | None, typer.Option(help="File with the text to run it on.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Take at most so many tokens.")] = 128,
@@ -206,7 +206,7 @@ def inspect(
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a converted checkpoint on a text and show what its streams do, as a table and as pictures."""
+    """Run a checkpoint with several streams on a text and show what they do, as a table and as pictures."""
     from .inspection.inspection import inspect_checkpoints
     from .inspection.plots import require_matplotlib
     from .inspection.report import write_report

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,16 @@ class StoredModel:
         subfolder: str = "",
         weight_variant: str | None = None,
         trust_remote_code: bool = False,
+        also: Collection[str] = (),
     ) -> "StoredModel":
         """Finds a checkpoint and reads its configuration.
+
+        Args:
+            source: a folder or Hub id.
+            subfolder: where in it.
+            weight_variant: which set of weights.
+            trust_remote_code: whether code in its folder may be run.
+            also: model types of transformers that may be run though they cannot be converted.
 
         Raises:
             FileNotFoundError: if there is none.
@@ -108,7 +117,8 @@ class StoredModel:
                 another repository.
         """
         folder = resolve_source(source, subfolder=subfolder, code=trust_remote_code)
-        own_code = runs_own_code(model_content(folder), folder, trust_remote_code)
+        content = model_content(folder)
+        own_code = content.get("model_type") not in also and runs_own_code(content, folder, trust_remote_code)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
         if own_code:
             bind_repository(config, folder)

@@ -1,8 +1,9 @@
-"""What the streams of a converted checkpoint do on a text: what the table and the report show, as numbers."""
+"""What the streams of a checkpoint do on a text: what the table and the report show, as numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..modeling.mixing import doubly_stochastic_error
 from ..modeling.options import OPTIONS
 from ..modeling.variants import make_mixing
 from ..training import hyper_connection_parameters, whole_shape
+from .native_streams import NATIVE_MODEL_TYPES, native_branches, native_streams
 from .recording import BranchRecord, record_mappings
 from .statistics import composite_products, stream_statistics
 
@@ -37,9 +39,10 @@ class Inspection:
         model_type: of the model.
         variant, num_streams, dynamic: of its hyper-connections.
         kernel: what read and wrote their streams, as `repr` shows it.
-        added_parameters: number of hyper-connection parameters.
+        added_parameters: number of hyper-connection parameters, which a model with streams from birth has from birth.
         tokens: the text, `S` tokens as strings.
         records: mappings and streams by branch, `[1, S, ...]`.
+        said: what a reader must know about the weights; of a model with streams from birth, else empty.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Inspection:
     added_parameters: int
     tokens: tuple[str, ...]
     records: Mapping[str, BranchRecord]
+    said: str = ""
 
     @cached_property
     def statistics(self) -> dict[str, float]:
@@ -99,6 +103,7 @@ class Inspection:
             "variant": self.variant,
             "num_streams": self.num_streams,
             "dynamic": self.dynamic,
+            "said": self.said,
             "kernel": self.kernel,
             "added_parameters": self.added_parameters,
             "tokens": list(self.tokens),
@@ -152,6 +157,15 @@ def compared_sum_errors(num_streams: int, depth: int) -> dict[str, list[float]]:
     return errors
 
 
+def checkpoint_names(checkpoints: Sequence[str]) -> list[str]:
+    """What checkpoints are called: Hub ids as they are, folders by as many last parts as tell them apart."""
+    parts = [Path(checkpoint).resolve().parts[1:] if Path(checkpoint).exists() else None for checkpoint in checkpoints]
+    folders = {own for own in parts if own}
+    most = max(map(len, folders), default=1)
+    kept = next(n for n in range(1, most + 1) if len({own[-n:] for own in folders}) == len(folders) or n == most)
+    return ["/".join(own[-kept:]) if own else checkpoint for own, checkpoint in zip(parts, checkpoints)]
+
+
 def inspect_checkpoints(
     checkpoints: Sequence[str],
     *,
@@ -160,10 +174,11 @@ def inspect_checkpoints(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Inspection]:
-    """Runs converted checkpoints on the same tokens, one after the other, and records what their streams do.
+    """Runs checkpoints with streams on the same tokens, one after the other, and records what their streams do.
 
     Args:
-        checkpoints: folders or Hub ids; the tokenizer of the first one is used.
+        checkpoints: folders or Hub ids, converted or of families that have several streams from birth; the tokenizer of
+            the first one is used.
         text: what to run them on; by default a short story, or random tokens where there is no tokenizer.
         max_tokens: take at most so many tokens, and never more than the context of the models.
         trust_remote_code: whether code in their folders may be run, for families whose code is not in transformers.
@@ -174,11 +189,12 @@ def inspect_checkpoints(
             is empty, or the checkpoints have different vocabularies or branches.
         OSError: if one of them cannot be loaded.
     """
-    opened_all = (StoredModel.open(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in checkpoints)
-    stored = [opened.with_streams() for opened in opened_all]
+    given: dict[str, Any] = {"trust_remote_code": trust_remote_code, "also": NATIVE_MODEL_TYPES}
+    opened_all = (StoredModel.open(checkpoint, **given) for checkpoint in checkpoints)
+    stored = [opened if native_streams(opened.config) else opened.with_streams() for opened in opened_all]
     configs = [model.config for model in stored]
     for checkpoint, config in zip(checkpoints, configs):
-        _check_num_streams(config.hc_num_streams, checkpoint)
+        _check_num_streams(_facts(config)["num_streams"], checkpoint)
     vocabularies = [config.get_text_config().vocab_size for config in configs]
     if len(set(vocabularies)) > 1:
         raise ValueError(
@@ -189,11 +205,11 @@ def inspect_checkpoints(
     ids, tokenizer = sample_tokens(stored[0].folder, text, min(max_tokens, *contexts), vocabularies[0])
     tokens = tuple(tokenizer.decode([i]) if tokenizer else str(i) for i in ids[0].tolist())
     inspections: list[Inspection] = []
-    for position, opened in enumerate(stored):
+    for position, (opened, name) in enumerate(zip(stored, checkpoint_names(checkpoints))):
         _report(progress, 2 * position, 2 * len(checkpoints))
         model = opened.load()
         _report(progress, 2 * position + 1, 2 * len(checkpoints))
-        inspections.append(inspect_model(model.eval(), ids, tokens, name=opened.name))
+        inspections.append(inspect_model(model.eval(), ids, tokens, name=name))
         del model
     _report(progress, 2 * len(checkpoints), 2 * len(checkpoints))
     first, *others = [tuple(inspection.records) for inspection in inspections]
@@ -207,10 +223,10 @@ def inspect_checkpoints(
 
 
 def inspect_model(model: Any, input_ids: Tensor, tokens: Sequence[str] | None = None, *, name: str = "") -> Inspection:
-    """Runs a model with hyper-connections on one sequence and records what its streams do.
+    """Runs a model with several streams on one sequence and records what its streams do.
 
     Args:
-        model: the model, on any device.
+        model: the model, on any device; converted, or of a family that has several streams from birth.
         input_ids: `[1, S]`.
         tokens: what the tokens are called, by default their ids.
         name: what to call the model, by default its class.
@@ -221,18 +237,29 @@ def inspect_model(model: Any, input_ids: Tensor, tokens: Sequence[str] | None = 
     if input_ids.dim() != 2 or len(input_ids) != 1:
         raise ValueError(f"input_ids must be one sequence, [1, S]; got {tuple(input_ids.shape)}. Use input_ids[:1].")
     with record_mappings(model, input_ids.to(model.device)) as records:
-        _check_num_streams(model.config.hc_num_streams, name or type(model).__name__)
+        facts = _facts(model.config)
+        _check_num_streams(facts["num_streams"], name or type(model).__name__)
+    modules = [module for module, _ in native_branches(model).values()]
+    kernels = {m.described_kernel() for m in model.modules() if isinstance(m, HyperConnection)}
+    parameters = [p for module in modules for p in module.parameters()] or hyper_connection_parameters(model)
     return Inspection(
         name=name or type(model).__name__,
         model_type=model.config.model_type,
-        variant=model.config.hc_variant,
-        num_streams=model.config.hc_num_streams,
-        dynamic=model.config.hc_dynamic,
-        kernel=", ".join(sorted({m.described_kernel() for m in model.modules() if isinstance(m, HyperConnection)})),
-        added_parameters=sum(whole_shape(p).numel() for p in hyper_connection_parameters(model)),
+        **facts,
+        kernel=", ".join(sorted(kernels)) or "the family's own modules",
+        added_parameters=sum(whole_shape(p).numel() for p in parameters),
         tokens=tuple(map(str, input_ids[0].tolist())) if tokens is None else tuple(tokens),
         records={branch: BranchRecord(*(part.cpu() for part in record)) for branch, record in records.items()},
     )
+
+
+def _facts(config: Any) -> dict[str, Any]:
+    """What a configuration says about streams, converted or from birth."""
+    native = native_streams(config)
+    if native is None:
+        return {"variant": config.hc_variant, "num_streams": config.hc_num_streams, "dynamic": config.hc_dynamic}
+    num_streams = getattr(config.get_text_config(), native.num_streams)
+    return {"variant": native.variant, "num_streams": num_streams, "dynamic": True, "said": native.said}
 
 
 def _check_num_streams(num_streams: int, name: str) -> None:

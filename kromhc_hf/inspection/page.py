@@ -14,6 +14,10 @@ from .themed_svg import css_variables, to_svg
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Of the page, between its pictures and beside them, in pixels.
+PAGE, GAP, MARGIN = 1200, 8, 16
+# The least width of a picture in the layouts that put many into rows.
+CELLS = {"small": 160, "tiny": 84}
 STYLE = """
 :root{color-scheme:light dark;--page:#fff;--card:#f6f7f9}
 @media (prefers-color-scheme:dark){:root{--page:#14171b;--card:#1d2127}}
@@ -27,8 +31,7 @@ p{max-width:75ch;margin:.4rem 0 .8rem}
 figure{margin:0;background:var(--card);border-radius:8px;padding:8px;min-width:0}
 svg{display:block;width:100%;height:auto;margin:0 auto}
 svg text{font-family:system-ui,sans-serif!important}
-.small{display:grid;gap:8px;grid-template-columns:repeat(auto-fill,minmax(160px,1fr))}
-.small svg{max-width:calc(1.35*var(--width))}
+.tiny figure{padding:4px}
 .large svg{max-width:calc(1.6*var(--width))}
 .large{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));margin-top:12px}
 .scale{max-width:420px;margin:0 0 8px}
@@ -42,7 +45,7 @@ th,td{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid var(--grid)
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: the layout it takes (`small`, `large`, `scale` or `scroll`), what it shows, how it is drawn."""
+    """One picture: its layout (`small`, `tiny`, `large`, `scale` or `scroll`), what it shows, how it is drawn."""
 
     kind: str
     label: str
@@ -56,6 +59,45 @@ class Section:
     title: str
     text: str
     pictures: list[Picture]
+
+
+def most_columns(cell: int, width: int = PAGE) -> int:
+    """How many cells of this least width fit beside each other on a page of this width."""
+    return (width - 2 * MARGIN + GAP) // (cell + GAP)
+
+
+def grid_rules() -> str:
+    """The style rules of the layouts in `CELLS`: each width of the page takes the columns that `grid_columns` gives."""
+    rules = []
+    for kind, cell in CELLS.items():
+        rules.append(
+            f".{kind}{{--columns:var(--columns-1);--turn:auto;display:grid;gap:{GAP}px;"
+            f"grid-template-columns:repeat(var(--columns),minmax(0,{1.35 * cell:g}px))}}"
+            f".{kind}>:nth-last-child(2){{grid-column-start:var(--turn)}}"
+        )
+        for fits in range(2, most_columns(cell) + 1):
+            least = fits * (cell + GAP) - GAP + 2 * MARGIN
+            given = f"--columns:var(--columns-{fits});--turn:var(--turn-{fits})"
+            rules.append(f"@media (min-width:{least}px){{.{kind}{{{given}}}}}")
+    return "\n".join(rules)
+
+
+def grid_columns(count: int, kind: str) -> str:
+    """CSS variables that put pictures into rows of about equal length, none with a picture alone.
+
+    Where the last row would have one, the picture before it comes along; two columns of an odd number leave one.
+
+    Args:
+        count: how many pictures there are.
+        kind: a layout of `CELLS`.
+    """
+    variables = []
+    for fits in range(1, most_columns(CELLS[kind]) + 1):
+        rows = -(-count // fits)
+        columns = -(-count // rows)
+        turn = "1" if rows > 1 and columns > 2 and count % columns == 1 else "auto"
+        variables.append(f"--columns-{fits}:{columns};--turn-{fits}:{turn}")
+    return ";".join(variables)
 
 
 def page(title: str, body: str, numbers: Any) -> str:
@@ -72,7 +114,8 @@ def page(title: str, body: str, numbers: Any) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         # Without an icon of its own, a browser asks the server for one.
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{css_variables()}{STYLE}</style></head>'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
+        f"<style>{css_variables()}{STYLE}{grid_rules()}</style></head>"
         f"<body><main><h1>{escape(title)}</h1>{body}</main>"
         f'<script type="application/json" id="numbers">{data}</script></body></html>\n'
     )
@@ -98,11 +141,12 @@ def drawn(sections: Sequence[Section], progress: Callable[[int, int], None] | No
             done += 1
             if progress is not None:
                 progress(done, total)
-        bodies.append(_section(section, figures))
+        bodies.append(section_html(section, figures))
     return "".join(bodies)
 
 
-def _section(section: Section, figures: list[tuple[Picture, str]]) -> str:
+def section_html(section: Section, figures: Sequence[tuple[Picture, str]]) -> str:
+    """The HTML of one section, with its pictures as they were drawn."""
     html = [f"<section><h2>{escape(section.title)}</h2>", f"<p>{escape(section.text)}</p>" if section.text else ""]
     for kind, group in groupby(figures, key=lambda pair: pair[0].kind):
         if kind == "scroll":
@@ -112,5 +156,7 @@ def _section(section: Section, figures: list[tuple[Picture, str]]) -> str:
                 region = f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
                 html.append(f"<h3>{label}</h3>{region}{figure}</div>")
         else:
-            html.append(f'<div class="{kind}">{"".join(figure for _, figure in group)}</div>')
+            shown = [figure for _, figure in group]
+            grid = f' style="{grid_columns(len(shown), kind)}"' if kind in CELLS else ""
+            html.append(f'<div class="{kind}"{grid}>{"".join(shown)}</div>')
     return "".join([*html, "</section>"])

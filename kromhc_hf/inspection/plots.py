@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Inches; texts of 9 points stay readable when a figure is scaled down to a phone of 400 pixels.
 WIDTH, SMALL = 4.0, 1.75
 TOKEN_WIDTH = 0.17
-MOST_TICKS = 16
+MOST_TICKS, MOST_ROWS = 16, 32
 # Both go from dark to light without a turn, and are told apart with every kind of colour blindness.
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"
 
@@ -117,15 +117,24 @@ def style(panel: "Axes", *, grid: bool = True) -> None:
 
 
 def matrix_figure(
-    matrix: Tensor, title: str, limits: tuple[float, float] = (0, 1), colours: str = SEQUENTIAL
+    matrix: Tensor, title: str, limits: tuple[float, float] = (0, 1), colours: str = SEQUENTIAL, framed: bool = False
 ) -> "Figure":
     """One `[n, n]` matrix as a small heat map."""
     from matplotlib.figure import Figure
 
     # Deep models have many of these, and to compute a layout takes longer than to draw.
     figure = Figure(figsize=(SMALL, SMALL + 0.3))
-    draw_matrix(figure.add_axes((0.24, 0.2, 0.72, 0.615)), matrix, title, limits, colours)
+    panel = figure.add_axes((0.24, 0.2, 0.72, 0.615))
+    draw_matrix(panel, matrix, title, limits, colours)
+    if framed:
+        frame(panel)
     return figure
+
+
+def frame(panel: "Axes") -> None:
+    """Marks a heat map among its like."""
+    for spine in panel.spines.values():
+        spine.set(visible=True, color=SERIES[1], linewidth=2.5)
 
 
 def scale_figure(label: str, limits: tuple[float, float], colours: str = SEQUENTIAL) -> "Figure":
@@ -193,7 +202,8 @@ def curves_figure(
         # Later curves are thinner, so that equal ones can all be seen.
         left = len(curves) - 1 - i
         size, width, shape = 3 + 0.6 * left, 1.3 + 0.5 * left, "osD^vX"[i]
-        panel.plot(depth, values, color=SERIES[i], marker=shape, label=name, markersize=size, linewidth=width)
+        (line,) = panel.plot(depth, values, color=SERIES[i], marker=shape, label=name)
+        line.set(markersize=size, linewidth=width, markevery=-(-len(depth) // 32))
     for i, (_, values) in enumerate(earlier):
         legend = "before" if i == 0 else None
         panel.plot(depth, values, color=SERIES[i], linestyle="--", linewidth=1.2, label=legend)
@@ -217,7 +227,9 @@ def token_map_figure(values: Tensor, branches: Sequence[str], tokens: Sequence[s
     """A value per branch and token as a heat map `[branches, S]`, with the tokens under it."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(max(3.2, 1.3 + TOKEN_WIDTH * len(tokens)), 1.75 + 0.17 * len(branches))
+    # A row has the height of its name, as long as every row is named.
+    height = 1.75 + 0.17 * min(len(branches), MOST_ROWS) + 0.03 * max(0, len(branches) - MOST_ROWS)
+    figure = new_figure(max(3.2, 1.3 + TOKEN_WIDTH * len(tokens)), height)
     panel = figure.subplots()
     image = panel.imshow(values.numpy(), vmin=0, cmap=SEQUENTIAL, aspect="auto", interpolation="none")
     # Short enough to be seen at once on a phone.
@@ -231,7 +243,7 @@ def token_map_figure(values: Tensor, branches: Sequence[str], tokens: Sequence[s
     for text in panel.get_xticklabels():
         # A dollar sign in the text is no formula.
         text.set_parse_math(False)
-    rows = range(0, len(branches), -(-len(branches) // 32))
+    rows = range(0, len(branches), -(-len(branches) // MOST_ROWS))
     panel.set_yticks(list(rows), [short_name(branches[i]) for i in rows])
     panel.set_ylabel("residual branch", fontsize=9)
     panel.set_xlabel("token", fontsize=9, loc="left")

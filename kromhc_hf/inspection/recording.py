@@ -2,22 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modeling.composite import text_model_of
 from ..modeling.decoder_layer import HyperConnectedLayer
-
-
-class BranchRecord(NamedTuple):
-    """The mappings of one residual branch and the streams that they were computed from."""
-
-    h_pre: Tensor  # [B, S, n]
-    h_post: Tensor  # [B, S, n]
-    h_res: Tensor  # [B, S, n, n]
-    streams: Tensor  # [B, S, n, C]
+from .native_streams import BranchRecord, Reader, native_branches
 
 
 def branches(model: nn.Module) -> dict[str, nn.Module]:
@@ -56,7 +48,8 @@ def record_mappings(
     `torch.compile` run eagerly inside the block, the same numbers up to the compiler's rounding.
 
     Args:
-        model: a model with hyper-connections, wrapped or not.
+        model: a model with hyper-connections, wrapped or not, or one of a family that has streams of its own
+            (deepseek_v4, hy_v4, glm5_next, qwen4_exp), whose matrix is given in the orientation of this package.
         input_ids: `[B, S]`, to run the model on right away, without gradients and in its present mode; by default it
             is run inside the block, and as often as you like.
         max_tokens: take only the first tokens of the first sequence, which bounds memory and time.
@@ -71,29 +64,41 @@ def record_mappings(
     """
     records: dict[str, BranchRecord] = {}
 
-    def hook(name: str) -> Callable[..., None]:
+    def first_tokens(streams: Tensor) -> Tensor:
+        return streams.detach() if max_tokens is None else streams.detach()[:1, :max_tokens]
+
+    def take(name: str, made: Callable[[], BranchRecord]) -> None:
+        # A checkpointed layer runs once more in the backward pass and would be appended twice.
+        if append and torch.is_grad_enabled():
+            raise ValueError(
+                "append=True must be used without gradients; got a forward that records them. "
+                "Use generate or torch.no_grad()."
+            )
+        with torch.no_grad():
+            # Static mappings without a constraint are the parameter itself, which training goes on to change.
+            latest = BranchRecord._make(part.detach().clone() if part.requires_grad else part for part in made())
+            if append and name in records:
+                pairs = zip(records[name], latest)
+                latest = BranchRecord._make(torch.cat(pair, dim=1)[:, :max_tokens] for pair in pairs)
+        records[name] = latest
+
+    def own_hook(name: str) -> Callable[..., None]:
         def record(module: Any, args: tuple[Tensor, ...]) -> None:
-            # A checkpointed layer runs once more in the backward pass and would be appended twice.
-            if append and torch.is_grad_enabled():
-                raise ValueError(
-                    "append=True must be used without gradients; got a forward that records them. "
-                    "Use generate or torch.no_grad()."
-                )
-            streams = args[0].detach()
-            streams = streams if max_tokens is None else streams[:1, :max_tokens]
-            with torch.no_grad():
-                mappings = module.mappings(streams)
-                # Static mappings without a constraint are the parameter itself, which training goes on to change.
-                own = (part.detach().clone() if part.requires_grad else part for part in mappings)
-                latest = BranchRecord._make((*own, streams))
-                if append and name in records:
-                    pairs = zip(records[name], latest)
-                    latest = BranchRecord._make(torch.cat(pair, dim=1)[:, :max_tokens] for pair in pairs)
-            records[name] = latest
+            streams = first_tokens(args[0])
+            take(name, lambda: BranchRecord._make((*module.mappings(streams), streams)))
 
         return record
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in branches(model).items()]
+    def native_hook(name: str, read: Reader) -> Callable[..., None]:
+        def record(module: Any, args: tuple[Tensor, ...], output: Any) -> None:
+            take(name, lambda: BranchRecord._make(map(first_tokens, read(module, args[0], output))))
+
+        return record
+
+    native = native_branches(model)
+    handles = [module.register_forward_hook(native_hook(name, read)) for name, (module, read) in native.items()]
+    if not native:
+        handles = [module.register_forward_pre_hook(own_hook(name)) for name, module in branches(model).items()]
     try:
         with torch.compiler.set_stance("force_eager"):
             if input_ids is not None:

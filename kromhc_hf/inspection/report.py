@@ -56,12 +56,13 @@ def report_html(
 
 
 def _totals(inspection: Inspection, before: Inspection | None) -> str:
-    rows = total_rows(inspection)
     columns = [dict(total_rows(model)) for model in (before, inspection) if model is not None]
+    # A model that has streams from birth has lines that a converted one lacks.
+    names = dict.fromkeys(name for column in columns for name in column)
     head = "<tr><th></th><th>before</th><th>after</th></tr>" if before else ""
+    rows = {name: [escape(column.get(name, "")) for column in columns] for name in names}
     body = "".join(
-        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(column[name])}</td>' for column in columns)}</tr>"
-        for name, _ in rows
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{value}</td>' for value in row)}</tr>" for name, row in rows.items()
     )
     return f"<table>{head}{body}</table>"
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from .inspection import Inspection, compared_sum_errors, mean_mapping, token_variation
 from .page import Picture, Section
 from .plots import DIVERGING, SEQUENTIAL, curves_figure, depth_map_figure, matrix_figure, scale_figure, token_map_figure
+from .small_multiples import branch_pictures, odd_ones_out, said_of_odd_ones
 from .statistics import STATISTICS, composite_gain
 from .tables import short_name
 
@@ -60,30 +61,23 @@ def weight_limits(matrices: Sequence[Tensor]) -> tuple[tuple[float, float], str]
     return (-bound, bound), DIVERGING
 
 
-def _matrices(
-    titles: Sequence[str], matrices: Sequence[Tensor], what: str, limits: tuple[float, float], colours: str
-) -> list[Picture]:
+def _scale(limits: tuple[float, float], colours: str) -> Picture:
     label = "weight (no unit), mean over tokens"
-    scale = Picture("scale", f"colour scale: {label}", partial(scale_figure, label, limits, colours))
-    return [
-        scale,
-        *(
-            Picture("small", f"{what}, {title}", partial(matrix_figure, matrix, title, limits, colours))
-            for title, matrix in zip(titles, matrices)
-        ),
-    ]
+    return Picture("scale", f"colour scale: {label}", partial(scale_figure, label, limits, colours))
 
 
 def _mixing(inspection: Inspection, which: str, before: Inspection | None = None) -> Section:
     names = list(inspection.records)
     means = [mean_mapping(record.h_res) for record in inspection.records.values()]
-    titles = [short_name(name) for name in names]
-    pictures = _matrices(titles, means, "mean H_res", *weight_limits(means))
+    limits, colours = weight_limits(means)
+    odd = odd_ones_out(dict(zip(names, means)))
+    shown = branch_pictures("mean H_res", dict(zip(names, means)), limits, colours, odd)
+    pictures = [_scale(limits, colours), *shown]
     if which != "before":
         pictures.append(_curves("off-identity mass", ["off_identity_mass"], inspection, before))
     return Section(
         _titled("How the streams mix: H_res", which),
-        "" if which == "before" else MIXING,
+        " ".join(["" if which == "before" else MIXING, said_of_odd_ones(odd)]).strip(),
         pictures,
     )
 
@@ -92,19 +86,21 @@ def _change(inspection: Inspection, before: Inspection) -> Section:
     pairs = zip(inspection.records.values(), before.records.values())
     changes = [mean_mapping(record.h_res) - mean_mapping(old.h_res) for record, old in pairs]
     bound = max(0.01, *(change.abs().max().item() for change in changes))
-    titles = [short_name(name) for name in inspection.records]
-    pictures = _matrices(titles, changes, "change of mean H_res", (-bound, bound), DIVERGING)
+    limits, by_branch = (-bound, bound), dict(zip(inspection.records, changes))
+    odd = odd_ones_out(by_branch)
+    shown = branch_pictures("change of mean H_res", by_branch, limits, DIVERGING, odd)
     return Section(
         "How the mixing has changed: after minus before",
-        "Violet: a stream takes more from another than before; orange: it takes less.",
-        pictures,
+        f"Violet: a stream takes more from another than before; orange: it takes less. {said_of_odd_ones(odd)}".strip(),
+        [_scale(limits, DIVERGING), *shown],
     )
 
 
 def _reading_and_writing(inspection: Inspection, which: str) -> Section:
     names = list(inspection.records)
     pictures = []
-    for key, symbol, top in (("h_pre", "H_pre", 1.0), ("h_post", "H_post", 2.0)):
+    # Many streams are read with small weights, which a scale up to 1 would not tell from 0.
+    for key, symbol, top in (("h_pre", "H_pre", min(1.0, 4 / inspection.num_streams)), ("h_post", "H_post", 2.0)):
         values = torch.stack([mean_mapping(getattr(record, key)) for record in inspection.records.values()])
         limits = (min(0.0, values.min().item()), max(top, values.max().item()))
         label = f"{symbol}: weight (no unit), mean over tokens"
@@ -133,7 +129,11 @@ def _products(inspection: Inspection, before: Inspection | None) -> Section:
         ),
     ]
     matrices = [mean_mapping(forward[i]) for i in forwards] + [mean_mapping(backward[i]) for i in backwards]
-    pictures = _matrices(titles, matrices, "product of H_res", *weight_limits(matrices))
+    limits, colours = weight_limits(matrices)
+    pictures = [_scale(limits, colours)]
+    for title, matrix in zip(titles, matrices):
+        draw = partial(matrix_figure, matrix, title, limits, colours)
+        pictures.append(Picture("small", f"product of H_res, {title}", draw))
     gains = [STATISTICS["forward_gain"], STATISTICS["backward_gain"]]
     own = [(gain.curve, inspection.over_depth(gain.name)) for gain in gains]
     # Of a single matrix, forward and backward gain are its largest row and column sum.
@@ -143,8 +143,8 @@ def _products(inspection: Inspection, before: Inspection | None) -> Section:
     top = max(max(values) for _, values in [*own, *old])
     floor = 1e-2 if top > 20 else None
     axis, span = f"gain ({gains[0].unit})", gains[0].span
-    draw = partial(curves_figure, own, names, axis, earlier=old, floor=floor, span=span)
-    pictures.append(Picture("large", "gain over depth", draw))
+    curves = partial(curves_figure, own, names, axis, earlier=old, floor=floor, span=span)
+    pictures.append(Picture("large", "gain over depth", curves))
     return Section(
         "What all mixing together does: the product over depth",
         "A signal passes through the product of all mixing matrices before it, and a gradient through the transpose of "

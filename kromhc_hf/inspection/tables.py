@@ -8,10 +8,15 @@ from .statistics import STATISTICS
 BRANCH_COLUMNS = ("branch", "H_pre", "H_post", *(row.column for row in STATISTICS.values() if row.column))
 
 
+def layer_and_kind(branch: str) -> tuple[str, str]:
+    """`layers.0.attn_hc` -> `0`, `attn`."""
+    _, layer, kind = branch.rsplit(".", 2)
+    return layer, kind.removesuffix("_hc")
+
+
 def short_name(branch: str) -> str:
     """`layers.0.attn_hc` -> `0 attn`."""
-    _, layer, kind = branch.rsplit(".", 2)
-    return f"{layer} {kind.removesuffix('_hc')}"
+    return " ".join(layer_and_kind(branch))
 
 
 def branch_rows(inspection: Inspection) -> list[tuple[str, ...]]:
@@ -37,8 +42,9 @@ def total_rows(inspection: Inspection) -> list[tuple[str, str]]:
     return [
         ("model type", inspection.model_type),
         ("hyper-connections", f"{inspection.variant}, {n} streams, {len(inspection.records)} branches, {dynamic}"),
+        *([("as shown here", inspection.said)] if inspection.said else []),
         ("kernel", inspection.kernel),
-        ("added parameters", f"{inspection.added_parameters:,}"),
+        (f"{'own' if inspection.said else 'added'} parameters", f"{inspection.added_parameters:,}"),
         ("tokens", f"{len(inspection.tokens):,}"),
         *((row.label, row.total.format(value=format(inspection.total[row.name], row.format), n=n)) for row in lines),
     ]

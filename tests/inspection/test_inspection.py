@@ -9,7 +9,13 @@ from support.runs import retrofitted
 from support.tiny import configurations, make_model, separate_streams, token_ids
 
 from kromhc_hf import BranchRecord, apply_hyper_connections, record_mappings
-from kromhc_hf.inspection.inspection import compared_sum_errors, inspect_checkpoints, inspect_model, token_variation
+from kromhc_hf.inspection.inspection import (
+    checkpoint_names,
+    compared_sum_errors,
+    inspect_checkpoints,
+    inspect_model,
+    token_variation,
+)
 from kromhc_hf.inspection.statistics import stream_statistics
 
 
@@ -187,9 +193,21 @@ def test_inspecting_a_model_gives_what_was_recorded(model):
         inspect_model(model, token_ids(model.config))
 
 
+def test_checkpoints_are_called_by_their_names(tmp_path, monkeypatch):
+    a, b = tmp_path / "a" / "final", tmp_path / "b" / "final"
+    for folder in (a, b):
+        folder.mkdir(parents=True)
+    assert checkpoint_names([f"{a}/"]) == ["final"]
+    assert checkpoint_names([str(a), str(b)]) == ["a/final", "b/final"]
+    assert checkpoint_names([str(a), str(a)]) == ["final", "final"]
+    assert checkpoint_names(["organisation/model", str(b)]) == ["organisation/model", "final"]
+    monkeypatch.chdir(a)
+    assert checkpoint_names(["."]) == ["final"]
+
+
 def test_inspecting_checkpoints(checkpoints, model):
     after, before = inspect_checkpoints([str(path) for path in checkpoints], max_tokens=9)
-    assert (after.name, before.name) == tuple(map(str, checkpoints))
+    assert (after.name, before.name) == ("after", "before")
     assert after.tokens == before.tokens
     assert len(after.tokens) == 9
     ids = torch.tensor([[int(token) for token in after.tokens]])
