@@ -88,6 +88,7 @@ def three(tmp_path, monkeypatch):
     real = run.run
     monkeypatch.setattr(run, "run", lambda *arguments: (real if arguments[1].source else fake)(*arguments))
     monkeypatch.setattr(run, "clients", lambda: listed)
+    monkeypatch.setattr(run, "SUMMARY", tmp_path / "summary.json")
     monkeypatch.setattr(run.subprocess, "run", lambda *arguments, **options: None)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n")
