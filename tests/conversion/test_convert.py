@@ -219,6 +219,7 @@ def test_bad_options_leave_nothing(base, tmp_path, num_streams):
 MEASURE = """
 import json, sys, time
 import kromhc_hf
+kromhc_hf.verify_conversion, kromhc_hf.KromHCForCausalLM  # torch and all else that is imported when it is needed
 def kilobytes(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
 before, start = kilobytes("VmRSS"), time.process_time()

@@ -99,6 +99,7 @@ def test_wrong_order(pair):
 MEASURE = """
 import json, sys
 import kromhc_hf
+kromhc_hf.verify_conversion, kromhc_hf.KromHCForCausalLM  # torch and all else that is imported when it is needed
 def kilobytes(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
 before = kilobytes("VmRSS")

@@ -38,6 +38,7 @@ from kromhc_hf.families_table import (
 )
 from kromhc_hf.modeling.families import COMPOSITE, INSIDE, REFUSED, ROWS, SUPPORTED
 from kromhc_hf.modeling.layer_spec import layer_kinds
+from kromhc_hf.modeling.model_types import PREFIX
 from kromhc_hf.modeling.releases import NEWEST, release
 
 
@@ -46,7 +47,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_generative_model_type_of_transformers_is_in_the_table_or_refused():
     """On the newest release that the tests have seen; what a newer one adds is reported, with the row that fits it."""
-    causal = {CONFIG_MAPPING[name].model_type for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    # Ours are among them once a test has made their classes.
+    native = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not name.startswith(PREFIX)]
+    causal = {CONFIG_MAPPING[name].model_type for name in native}
     several = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() | MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.keys()
     tables = [*SUPPORTED, *COMPOSITE, *INSIDE, *REFUSED]
     assert len(tables) == len(set(tables))

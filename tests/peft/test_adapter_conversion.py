@@ -74,6 +74,8 @@ AWAY = [
     {"variant": "mhc", "sinkhorn_iterations": 2, "eps": 1e-2},
     {"variant": "go_mhc", "num_streams": 3},
     {"variant": "orthogonal", "num_streams": 2},
+    {"generator": "cp", "generator_rank": 3},
+    {"num_streams": 2, "read": "gated", "read_rank": 4},
     {"variant": "tbp", "stream_embedding": True, "residual_logit": 1.0, "layers": (1, 2), "stream_recompute": 2},
     {"variant": "mhc_lite", "num_streams": 2, "dynamic": False, "readout": "softmax"},
     *(
