@@ -85,7 +85,7 @@ def test_tables_of_the_evidence_are_those_of_the_summaries():
     page = (DOCS / "evidence.md").read_text(encoding="utf-8")
     summaries = {path.stem: json.loads(path.read_text()) for path in (DOCS / "evidence").glob("*.json")}
     studies = {path.stem for path in (PROJECT / "benchmarks" / "studies").glob("*.yaml")}
-    assert studies - set(summaries) == {"d6"}, "the study that waits for a GPU is the only one without results"
+    assert studies - set(summaries) == {"d6", "shakespeare"}, "what has not been run, as the page says"
     assert set(summaries) < studies
     for name, summary in summaries.items():
         assert table(summary) in page, name
