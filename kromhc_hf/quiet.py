@@ -3,8 +3,12 @@
 import logging
 
 
-# torchao names each of its libraries that was built for another machine, and torch each enumeration of torchao.
-NOISY = ("torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects")
+# torchao names each of its libraries that was built for another machine, torch each enumeration of torchao, and
+# bitsandbytes a package with faster kernels.
+NOISY = (
+    *("torchao", "torch.utils._pytree", "torch.distributed.elastic.multiprocessing.redirects"),
+    "bitsandbytes.backends.cpu.ops",
+)
 
 
 def quiet() -> None:

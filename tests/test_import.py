@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+
+DATA = Path(__file__).resolve().parents[1] / "kromhc_hf" / "demo_data"
 
 
 def run(code: str) -> str:
@@ -70,9 +74,25 @@ def test_other_registrations_stay_beside_ours():
     assert run(code).split() == ["Own", "Other"]
 
 
+def said(*words: object) -> tuple[int, list[str]]:
+    """The exit code of a command in a process of its own, and its messages."""
+    done = subprocess.run([sys.executable, "-m", "kromhc_hf.cli", *map(str, words)], capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
 def test_commands_say_nothing_of_other_packages(tmp_path):
-    words = ["-m", "kromhc_hf.cli", "verify", str(tmp_path), str(tmp_path)]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ")
+    code, (message,) = said("verify", tmp_path, tmp_path)
+    assert code == 2
+    assert message.startswith("error: ")
+    # PEFT takes bitsandbytes along.
+    base, out = DATA / "gpt2-tinystories-1M", tmp_path / "out"
+    assert said("convert", base, out, "--no-verify")[0] == 0
+    assert said("adapter", out, tmp_path / "adapter", "--base", base) == (0, [])
+
+
+def test_the_processes_of_a_comparison_say_nothing_of_other_packages(tmp_path):
+    sizes = ["--steps", 1, "--seeds", 1, "--length", 8, "--batch", 1, "--workers", 2, "--output", tmp_path / "out"]
+    code, lines = said("compare", DATA / "gpt2-tinystories-1M", DATA / "tinyshakespeare.txt", *sizes)
+    assert code == 0
+    own = ("measuring ", "4 arms, ", *(f"{run}/4 " for run in range(5)), "pictures: ")
+    assert [line for line in lines if line.strip() and not line.startswith(own)] == []

@@ -13,8 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..quiet import quiet
-from . import training
+from . import training, worker
 from .arm import Arm
 from .data import load_corpus
 from .study_file import Study
@@ -25,8 +24,6 @@ Results = dict[str, dict[int, dict[str, Any]]]
 # What a worker reports: arm, seed, steps done, loss in nats per token.
 News = tuple[str, int, int, float]
 POLL_SECONDS = 0.3
-# In a worker, the queue to the process that shows progress.
-_news: Any = None
 
 
 def result_path(folder: Path, name: str, seed: int) -> Path:
@@ -90,9 +87,10 @@ def _execute_in_processes(
 ) -> None:
     context = multiprocessing.get_context("spawn")
     news = context.Queue()
-    with ProcessPoolExecutor(workers, context, _start_worker, (news,)) as pool:
+    with ProcessPoolExecutor(workers, context, worker.start, (news,)) as pool:
         waiting: set[Future[None]] = {
-            pool.submit(_work, study.arms[name], name, seed, folder, shared, device) for name, seed in tasks
+            pool.submit(worker.work, train_and_save, study.arms[name], name, seed, folder, shared, device)
+            for name, seed in tasks
         }
         try:
             while waiting:
@@ -104,16 +102,6 @@ def _execute_in_processes(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         _drain(news, display.update)
-
-
-def _start_worker(news: Any) -> None:
-    quiet()
-    global _news
-    _news = news
-
-
-def _work(arm: Arm, name: str, seed: int, folder: Path, shared: Path, device: str) -> None:
-    train_and_save(arm, name, seed, folder, shared, device, _news.put)
 
 
 def _drain(news: Any, handle: Callable[[News], None]) -> None:
