@@ -13,22 +13,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import arguments, in_turn, peak_bytes, ratio, report, saved_bytes
-from benchmarks.training_step import make, step
-from kromhc_hf.modeling.kernels import KERNELS
+from benchmarks.measuring import in_turn, peak_bytes, ratio, report, saved_bytes
+from benchmarks.training_step import llama_arguments, make, step
 from kromhc_hf.modeling.stream_blocks import layers_of_block
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=9)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--streams", type=int, default=4)
+    parser = llama_arguments(__doc__, rounds=9)
     parser.add_argument("--blocks", nargs="+", default=["layer", "auto", "4"], help="values of stream_recompute")
-    parser.add_argument("--kernel", choices=KERNELS, default="auto")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

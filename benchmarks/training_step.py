@@ -5,6 +5,7 @@ python -m benchmarks.training_step --device cuda --dtype bfloat16 --hidden-size 
     --batch 8 --sequence 2048 --compile --variants kromhc              # 1B class
 """
 
+import argparse
 from typing import Any
 
 import torch
@@ -17,18 +18,11 @@ from kromhc_hf.modeling.variants import VARIANTS
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=7)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--streams", type=int, default=4)
+    parser = llama_arguments(__doc__, rounds=7)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument(
         "--stream-layers", nargs="+", default=["all"], help="layers with streams, each a slice like 5:8"
     )
-    parser.add_argument("--kernel", choices=KERNELS, default="auto")
     parser.add_argument("--compile", action="store_true", help="measure the compiled models as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -39,7 +33,7 @@ def main() -> None:
     with_streams = [(variant, layers) for variant in options.variants for layers in options.stream_layers]
     for variant, layers in [(None, "all"), *with_streams]:
         name = f"{variant or 'no streams'}{'' if layers == 'all' else f', layers {layers}'}"
-        model = make(variant, layers, options)
+        model = make(variant, options, layers)
         steps[name] = step(model, model, tokens)
         if options.compile:
             steps[f"{name}, compiled"] = step(model, torch.compile(model), tokens)
@@ -59,7 +53,20 @@ def main() -> None:
         bars(rows, lambda row: row["model"], "times no streams", options.plot)
 
 
-def make(variant: str | None, layers: str, options: Any) -> Any:
+def llama_arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options of a benchmark on a whole Llama."""
+    parser = arguments(description, rounds=rounds)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--sequence", type=int, default=256)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--kernel", choices=KERNELS, default="auto")
+    return parser
+
+
+def make(variant: str | None, options: argparse.Namespace, layers: str = "all") -> Any:
     config = LlamaConfig(
         hidden_size=options.hidden_size,
         intermediate_size=4 * options.hidden_size,
