@@ -30,6 +30,15 @@ def seeded() -> None:
 
 
 @pytest.fixture
+def nothing_registered():
+    """Leaves no family from outside behind."""
+    from support.outside import forget_families
+
+    yield
+    forget_families()
+
+
+@pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub that the client of this process talks to, with the right token and an empty cache."""
     # Imported late, since most tests do without.

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from support.bases.amber.modeling_amber import AmberLayer, AmberModel
-from support.outside import BASALT, OUTSIDE, make_outside, make_repository
+from support.outside import BASALT, OUTSIDE, forget_families, make_outside, make_repository
 from support.tiny import configurations, make_model, separate_streams, token_ids, variants
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -28,7 +28,7 @@ from kromhc_hf.modeling.connection_plan import ConnectionPlan, find_decoder, pla
 from kromhc_hf.modeling.installation import install
 from kromhc_hf.modeling.layer_fit import fit_layer
 from kromhc_hf.modeling.modeling_kromhc import model_class
-from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
+from kromhc_hf.modeling.outside_families import REGISTERED
 from kromhc_hf.modeling.releases import has_family
 from kromhc_hf.row_contradiction import without_names
 from kromhc_hf.row_reading import read_row
@@ -44,11 +44,7 @@ NOT_READ = {
 TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2]])
 
 
-@pytest.fixture(autouse=True)
-def nothing_registered():
-    yield
-    REGISTERED.clear()
-    BOUND.clear()
+pytestmark = pytest.mark.usefixtures("nothing_registered")
 
 
 def continued(model, tokens: torch.Tensor) -> list[list[int]]:
@@ -101,8 +97,7 @@ def test_a_model_without_a_row_gets_one(name, row):
     assert derived.derived
     apply_hyper_connections(model)
     assert "row derived from the source" in repr(model)
-    REGISTERED.clear()
-    BOUND.clear()
+    forget_families()
     register_family(name, row)
     other = apply_hyper_connections(make_outside(name))
     assert "derived" not in repr(other)
@@ -127,8 +122,7 @@ def test_the_report_and_the_card_say_that_it_was_derived(tmp_path):
     assert "derived from their source" in (out / "README.md").read_text()
     assert "derived=True" in (out / "kromhc_family.py").read_text()
     # Where nothing is derived, nothing says so.
-    REGISTERED.clear()
-    BOUND.clear()
+    forget_families()
     register_family("basalt", BASALT)
     report = convert_checkpoint(base, tmp_path / "written", trust_remote_code=True)
     assert not report.derived

@@ -19,10 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs/how-to/outside-families.md"
 needs_tomllib = pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
 
 
-@pytest.fixture(autouse=True)
-def nothing_registered():
-    yield
-    REGISTERED.clear()
+pytestmark = pytest.mark.usefixtures("nothing_registered")
 
 
 @pytest.fixture

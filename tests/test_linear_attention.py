@@ -26,7 +26,6 @@ from kromhc_hf import (
     unregister_family,
     verify_conversion,
 )
-from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
 from kromhc_hf.rows import Sublayer, sequential
 
 
@@ -42,13 +41,9 @@ TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2]])
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
+def interpreted(nothing_registered):
     exec(START)
     import fla  # noqa: F401  (registers its models)
-
-    yield
-    REGISTERED.clear()
-    BOUND.clear()
 
 
 def make(model_type: str, **fields):

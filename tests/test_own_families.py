@@ -6,15 +6,11 @@ from support.outside import AMBER
 from transformers import AutoConfig
 
 from kromhc_hf import KromHCConfig, register_family, unregister_family
-from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
+from kromhc_hf.modeling.outside_families import REGISTERED
 from kromhc_hf.rows import LayerSpec, Step, Sublayer
 
 
-@pytest.fixture(autouse=True)
-def nothing_registered():
-    yield
-    REGISTERED.clear()
-    BOUND.clear()
+pytestmark = pytest.mark.usefixtures("nothing_registered")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.outside import OUTSIDE, make_repository
 from support.tiny import configurations, make_model
 
 from kromhc_hf import convert_checkpoint
@@ -35,3 +36,10 @@ def converted(licensed_base, tmp_path) -> Path:
     """The licensed base with hyper-connections."""
     convert_checkpoint(licensed_base, tmp_path / "converted", base_model="ada/base", verify=True)
     return tmp_path / "converted"
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory) -> dict[str, Path]:
+    """A folder for each base whose code is not in transformers, as a repository of the Hub has it."""
+    home = tmp_path_factory.mktemp("repositories")
+    return {name: make_repository(name, home / f"{name}_base") for name in OUTSIDE}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.outside import AMBER, BASES, OUTSIDE, make_outside, make_repository
+from support.outside import AMBER, BASES, OUTSIDE, make_outside
 from support.remote import visit_without_kromhc
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -26,7 +26,7 @@ from kromhc_hf import (
     verify_conversion,
 )
 from kromhc_hf.cli import app
-from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
+from kromhc_hf.modeling.outside_families import BOUND
 from kromhc_hf.rows import ByConfig
 
 
@@ -34,19 +34,10 @@ TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2]])
 
 
 @pytest.fixture(autouse=True)
-def rows():
+def rows(nothing_registered):
     """Both rows, and nothing left behind."""
     for name, base in OUTSIDE.items():
         register_family(name, base.row, layer_class=base.layer_class)
-    yield
-    REGISTERED.clear()
-    BOUND.clear()
-
-
-@pytest.fixture(scope="module")
-def repositories(tmp_path_factory):
-    home = tmp_path_factory.mktemp("repositories")
-    return {name: make_repository(name, home / f"{name}_base") for name in OUTSIDE}
 
 
 def greedy(model) -> list[int]:

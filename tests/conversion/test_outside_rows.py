@@ -5,27 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.outside import AMBER, BASALT, CINDER, OUTSIDE, make_outside, make_repository
+from support.outside import AMBER, BASALT, CINDER, make_outside
 
 from kromhc_hf import apply_hyper_connections, convert_checkpoint, has_hyper_connections, register_family
-from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
 from kromhc_hf.rows import LayerSpec, Step, Sublayer, block, sequential
 
 
 TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2]])
 
 
-@pytest.fixture(autouse=True)
-def nothing_registered():
-    yield
-    REGISTERED.clear()
-    BOUND.clear()
-
-
-@pytest.fixture(scope="module")
-def repositories(tmp_path_factory):
-    home = tmp_path_factory.mktemp("repositories")
-    return {name: make_repository(name, home / f"{name}_base") for name in OUTSIDE}
+pytestmark = pytest.mark.usefixtures("nothing_registered")
 
 
 @pytest.mark.parametrize(

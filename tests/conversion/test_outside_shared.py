@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.outside import BASES, OUTSIDE, make_repository
+from support.outside import BASES, OUTSIDE, forget_families, make_repository
 from support.remote import visit_without_kromhc
 from transformers import AutoModelForCausalLM
 
@@ -17,24 +17,17 @@ from kromhc_hf import (
     register_family,
     save_hyper_connections,
 )
-from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
 
 
 TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2]])
 CINDER = OUTSIDE["cinder"]
 
 
-def forget() -> None:
-    """As in a new process, which knows no row."""
-    REGISTERED.clear()
-    BOUND.clear()
-
-
 @pytest.fixture
 def base(tmp_path):
     register_family("cinder", CINDER.row, layer_class=CINDER.layer_class)
     yield make_repository("cinder", tmp_path / "base")
-    forget()
+    forget_families()
 
 
 def load(source):
@@ -44,7 +37,7 @@ def load(source):
 def test_a_converted_model_is_pushed_and_loaded_by_whoever_trusts_it(hub, base, tmp_path):
     register_family("cinder", replace(CINDER.row, derived=True))
     convert_checkpoint(base, tmp_path / "out", layers="1:3", trust_remote_code=True)
-    forget()
+    forget_families()
     push_checkpoint(tmp_path / "out", "ada/cinder")
     sent = hub.files("ada/cinder")
     named = (tmp_path / "out/README.md").read_text().replace('"out"', '"ada/cinder"').replace("# out", "# cinder")
@@ -71,7 +64,7 @@ def test_hyper_connections_alone_want_the_row_and_trust(base, tmp_path):
     model = apply_hyper_connections(load(base), init="paper")
     save_hyper_connections(model, tmp_path / "alone", base_model=str(base))
     expected = model(TOKENS).logits
-    forget()
+    forget_families()
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         load_hyper_connections(tmp_path / "alone")
     with pytest.raises(ValueError, match="'cinder'. Say what its layers look like with register_family"):

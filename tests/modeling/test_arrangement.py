@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support.adapters import adapter_config, perturb_hyper_connections
-from support.connected import connected
+from support.connected import connected, same_gradients_checkpointed
 from support.tiny import configurations, make_model, separate_streams, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -238,17 +238,7 @@ def test_wrapped_layers_and_a_readout_after_the_norm():
 def test_gradients_through_copied_and_checkpointed_layers():
     model = connected(0.3).train()
     reorder(model, (0, 0, 1, 2, 2))
-    ids = token_ids(model.config)
-
-    def gradients():
-        model.zero_grad()
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    plain = gradients()
-    model.gradient_checkpointing_enable()
-    checkpointed = gradients()
-    assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+    same_gradients_checkpointed(model)
     assert len([m for m in model.modules() if isinstance(m, HyperConnectedLayer)]) == 5
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.connected import connected, tiny_llama
+from support.connected import connected, learns_and_survives_saving, tiny_llama
 from support.tiny import token_ids
 
-from kromhc_hf import HyperConnection, KromHCForCausalLM, apply_hyper_connections, count_parameters, grow_streams
+from kromhc_hf import HyperConnection, apply_hyper_connections, count_parameters, grow_streams
 
 
 def branch_input_by_hand(module: HyperConnection, token: torch.Tensor) -> torch.Tensor:
@@ -69,13 +69,7 @@ def test_identity_init_is_bitwise_lossless(variant: str, dtype: torch.dtype) -> 
 
 def test_a_model_learns_is_counted_and_survives_saving(tmp_path) -> None:
     model = connected(0.1, read="gated", read_rank=3, generator="cp")
-    ids = token_ids(model.config)
-    model(ids, labels=ids).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad.abs().max() > 0, name
-    model.save_pretrained(tmp_path)
-    loaded = KromHCForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    learns_and_survives_saving(model, tmp_path)
     for n, rank in ((2, 1), (4, 5)):
         gates = count_parameters(24, n, read="gated", read_rank=rank) - count_parameters(24, n)
         assert gates == 2 * rank * n * 24

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.connected import same_gradients_checkpointed
 from support.ranged import connected_positions, logits, ranged, six_layers
 from support.tiny import configurations, make_model, token_ids, variants
 from torch import nn
@@ -171,17 +172,7 @@ def test_hidden_states_are_read_out():
 
 def test_gradients_with_and_without_checkpointing():
     model = ranged((2, 4)).train()
-    ids = token_ids(model.config)
-
-    def gradients():
-        model.zero_grad()
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    plain = gradients()
-    model.gradient_checkpointing_enable()
-    checkpointed = gradients()
-    assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+    plain = same_gradients_checkpointed(model)
     assert all(gradient.abs().sum() > 0 for gradient in plain.values())
 
 

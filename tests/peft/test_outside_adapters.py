@@ -4,13 +4,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.adapters import adapter_config, perturb
-from support.outside import make_outside, make_repository
+from support.outside import forget_families, make_outside, make_repository
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kromhc_hf import KromHCForCausalLM, adapter_to_model, apply_hyper_connections, register_family
 from kromhc_hf.cli import app
-from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
 from kromhc_hf.rows import LayerSpec, Step, Sublayer
 
 
@@ -30,11 +29,8 @@ TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2]])
 
 
 @pytest.fixture(autouse=True)
-def row():
+def row(nothing_registered):
     register_family("amber", ROW)
-    yield
-    REGISTERED.clear()
-    BOUND.clear()
 
 
 def test_an_adapter_is_trained_saved_loaded_and_made_a_full_model(tmp_path):
@@ -63,8 +59,7 @@ def test_lora_that_trains_them_is_loaded_where_they_are_and_refused_elsewhere(tm
     loaded = PeftModel.from_pretrained(apply_hyper_connections(make_outside("amber")), tmp_path)
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
     # Also where nobody has said what the layers look like.
-    REGISTERED.clear()
-    BOUND.clear()
+    forget_families()
     with pytest.raises(ValueError, match=r"modules_to_save=\['last_hc', 'step_0_hc'\].*AmberForCausalLM has none"):
         PeftModel.from_pretrained(make_outside("amber"), tmp_path)
 
@@ -75,8 +70,7 @@ def test_the_command_makes_a_full_model_and_an_adapter_again(tmp_path):
     perturb(model)
     expected = model(TOKENS).logits
     model.save_pretrained(tmp_path / "adapter")
-    REGISTERED.clear()
-    BOUND.clear()
+    forget_families()
     (tmp_path / "family.py").write_text(ROW_FILE)
     run, family = CliRunner().invoke, ["--family", str(tmp_path / "family.py")]
     there = ["adapter", str(tmp_path / "adapter"), str(tmp_path / "full")]
@@ -87,8 +81,7 @@ def test_the_command_makes_a_full_model_and_an_adapter_again(tmp_path):
     assert "--trust-remote-code" in refused.stderr
     done = run(app, [*there, *family, "--trust-remote-code"])
     assert done.exit_code == 0, done.stderr
-    REGISTERED.clear()
-    BOUND.clear()
+    forget_families()
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "full", trust_remote_code=True)
     assert torch.equal(full(TOKENS).logits, expected)
     # The folder brings its row along.

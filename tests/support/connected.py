@@ -1,9 +1,11 @@
 """Tiny llamas with hyper-connections."""
 
-import torch
-from support.tiny import configurations, make_model
+from pathlib import Path
 
-from kromhc_hf import apply_hyper_connections
+import torch
+from support.tiny import configurations, make_model, token_ids
+
+from kromhc_hf import KromHCForCausalLM, apply_hyper_connections
 from kromhc_hf.modeling.stream_ends import READOUTS
 
 
@@ -22,3 +24,30 @@ def connected(randomness: float = 0.0, dtype: torch.dtype = torch.float32, num_s
         if "_hc." in name:
             parameter.data.add_(torch.randn_like(parameter) * randomness)
     return model
+
+
+def same_gradients_checkpointed(model) -> dict[str, torch.Tensor]:
+    """The gradients of a model in training, which must be the same bits with gradient checkpointing; by parameter."""
+    ids = token_ids(model.config)
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    checkpointed = gradients()
+    assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+    return plain
+
+
+def learns_and_survives_saving(model, folder: Path) -> None:
+    """Every parameter of a model must get a gradient, and it must compute the same bits once saved and loaded."""
+    ids = token_ids(model.config)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+    model.save_pretrained(folder)
+    loaded = KromHCForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
 from kromhc_hf.rows import LayerSpec, Sublayer, block, sequential
 
 
@@ -87,3 +88,9 @@ def make_repository(name: str, folder: Path) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": OUTSIDE[name].auto_map}))
     return folder
+
+
+def forget_families() -> None:
+    """As if no family from outside had been registered, or bound to classes."""
+    REGISTERED.clear()
+    BOUND.clear()
