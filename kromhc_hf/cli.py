@@ -255,6 +255,7 @@ def compare(
     hyper_connection_lr: Annotated[float, typer.Option(help="Learning rate of the hyper-connections.")] = 1e-2,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
+    held_out_windows: Annotated[int, typer.Option(min=1, help="Windows of the held-out text that are evaluated.")] = 64,
     num_streams: Annotated[int, typer.Option("--num-streams", "-n", min=2, help="Number of streams.")] = 4,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time on a CPU, one thread each.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU if there is one.")] = "auto",
@@ -275,6 +276,7 @@ def compare(
         **{"steps": steps, "eval_every": max(1, steps // 5), "length": length, "batch": batch},
         **{
             "num_streams": num_streams,
+            "held_out_windows": held_out_windows,
             "lr": rates[0],
             "lr_grid": rates if len(rates) > 1 else None,
             "hyper_connection_lr": hyper_connection_lr,

@@ -49,6 +49,9 @@ def test_compare_trains_every_arm_and_goes_on_where_it_was(kromhc, tmp_path):
         code, out, err = kromhc("compare", *given, f"--{wrong}", "many")
         assert (code, out) == (2, "")
         assert message in err
+    code, _, err = kromhc("compare", *given, "--held-out-windows", 10**6)
+    assert code == 2
+    assert "Use a smaller held_out_windows or length" in err
 
 
 def test_convert_without_verification_as_json(kromhc, base, tmp_path):

@@ -5,6 +5,8 @@ import re
 import typing
 from typing import Any
 
+import torch
+
 from ..modeling.options import OPTIONS, StreamOptions, with_option_fields
 from ..modeling.stream_ends import READOUTS
 from ..modeling.variants import VARIANTS
@@ -163,6 +165,8 @@ def _check(arm: Arm) -> None:
     for key, allowed in choices:
         if getattr(arm, key) not in allowed:
             raise ValueError(f"{key} must be one of {', '.join(allowed)}; got {getattr(arm, key)!r}.")
+    if arm.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer 'muon' must have torch 2.9 or newer; got {torch.__version__}. Use adamw.")
     if (arm.model is None) == (arm.backbone is None) or (arm.backbone is None) != (arm.tokenizer is None):
         raise ValueError(
             f"model must be a checkpoint, or backbone and tokenizer must say what to train from scratch; got model="

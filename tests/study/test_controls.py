@@ -113,6 +113,12 @@ def test_muon_trains_the_matrices_and_adamw_the_rest():
     assert len(by_muon) + sum(map(len, rest)) == len(names)
 
 
+def test_muon_is_refused_where_torch_does_not_have_it(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(StudyError, match="must have torch 2.9 or newer; got .* Use adamw"):
+        make_arm("a", DEFAULTS | {"optimizer": "muon"})
+
+
 def test_each_arm_gets_the_best_of_its_learning_rates(study_file, command, fast_runs, tmp_path):
     arms = {"base": {"lr_grid": [0.5, 0.25, 1.0]}, "other": {"lr": 0.125}}
     code, out, _ = command(study_file(arms=arms))
