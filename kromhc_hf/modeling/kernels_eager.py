@@ -28,6 +28,7 @@ from .kernels_eager_passes import (
     spans,
     store,
     streams_gradient,
+    transformed,
     weight_gradient,
     write,
 )
@@ -176,6 +177,7 @@ def differentiable_gradients(
     assert streams is not None
     assert bias is not None
     wide, branch_input, h_post, logits = width_reference(streams.flatten(0, -3), weight, bias, alpha, mixing, eps)
+    assert logits is not None  # gradients are enabled
     outputs = (
         cast(branch_input, streams.dtype).view(*streams.shape[:-2], -1),
         h_post.expand(wide.shape[0], -1),
@@ -250,7 +252,8 @@ def connect_reference(
 
     def write_back(branch_output: Tensor) -> Tensor:
         output = branch_output.reshape(tokens.shape[0], 1, -1)
-        mixed = torch.addcmul(mixing.mix(wide, logits), h_post.unsqueeze(-1), output)
+        mixed = wide if logits is None else mixing.mix(wide, logits)
+        mixed = torch.addcmul(mixed, h_post.unsqueeze(-1), output)
         return cast(mixed, streams.dtype).reshape(streams.shape)
 
     return cast(branch_input, streams.dtype).reshape(*streams.shape[:-2], -1), write_back
@@ -258,16 +261,24 @@ def connect_reference(
 
 def width_reference(
     tokens: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mixing: Mixing, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of streams `[T, n, C]`, in the dtype of the bias: these, the branch input `[T, 1, C]`, h_post and the logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of streams `[T, n, C]`, in the dtype of the bias: these, the branch input `[T, 1, C]`, h_post and the logits.
+
+    There are no logits where mixing leaves the streams as they are: equal ones, by rows that sum to 1.
+    """
     wide = cast(tokens, bias.dtype)
     products, squares = None, None
     if weight is not None:
         rows = wide.reshape(tokens.shape[0], -1, weight.shape[1])
-        products, squares = F.linear(rows, weight), (rows * rows).mean(-1)
+        products, squares = F.linear(rows, weight), (rows * rows).sum(-1) / weight.shape[1]
     h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha, eps)
+    form = "differences" if transformed() else Streams.of(wide).form
     # Not a batched product, for which a library would wake up all threads.
+    if form == "plain":
+        return wide, (h_pre.unsqueeze(-1) * wide).sum(1, keepdim=True), h_post, logits
     first, others = wide.split_with_sizes((1, wide.shape[1] - 1), dim=1)
+    branch_input = torch.addcmul(first, gap_to_one(h_pre).unsqueeze(-1), first)
+    if form == "equal" and not torch.is_grad_enabled():
+        return wide, branch_input, h_post, None if mixing.rows_sum_to_one else logits
     rest = (h_pre[..., 1:, None] * (others - first)).sum(1, keepdim=True)
-    branch_input = torch.addcmul(first, gap_to_one(h_pre).unsqueeze(-1), first) + rest
-    return wide, branch_input, h_post, logits
+    return wide, branch_input + rest, h_post, logits

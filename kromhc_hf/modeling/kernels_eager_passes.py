@@ -127,7 +127,7 @@ class Streams(NamedTuple):
         """
         if narrow(tokens):
             return cls(tokens, "plain")
-        if tokens.device.type != "cpu" or type(tokens) is not Tensor or torch.jit.is_tracing():
+        if not may_look(tokens):
             return cls(tokens, "differences")
         return cls(tokens, "equal" if all_equal(tokens) else "plain")
 
@@ -139,8 +139,8 @@ class Streams(NamedTuple):
         first = streams[:, :1].to(weights.dtype)
         if self.form == "equal":
             # Without differences the sum of the weights is all that counts.
-            total = torch.ones_like(weights[..., :1]) if sum_to_one else first_weight(weights)
-            return product(total, first, out)
+            wide = out if out.dtype == weights.dtype else first.new_empty(out.shape)
+            return wide.copy_(first) if sum_to_one else torch.mul(first_weight(weights), first, out=wide)
         # The differences of equal streams are exactly 0, and 0 whatever they are weighted with. What they are added to
         # is no factor of the product, which may be cut to TF32.
         total = first.expand(-1, weights.shape[1], -1) if sum_to_one else first_weight(weights) * first
@@ -149,15 +149,22 @@ class Streams(NamedTuple):
         return torch.baddbmm(total, weights[..., 1:], differences, out=place)
 
 
+def may_look(streams: Tensor) -> bool:
+    """Whether the values may be looked at, which is free on a CPU; a traced or a fake tensor has none."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return streams.device.type == "cpu" and type(streams) is Tensor and not traced
+
+
 def all_equal(streams: Tensor) -> bool:
     """Whether every token `[T, n, C]` has n equal streams. Streams that differ mostly do so in the first token."""
     if streams.stride(1) == 0:
         return True
-    return all(
-        torch.equal(streams[:length, 0], streams[:length, j])
-        for length in (1, streams.shape[0])
-        for j in range(1, streams.shape[1])
-    )
+    # Compared bit by bit, in the widest pieces: twice as fast in fp32 as number by number.
+    count = 8 // streams.itemsize
+    if count > 1 and streams.is_contiguous() and streams.shape[2] % count == streams.storage_offset() % count == 0:
+        streams = streams.view(torch.int64)
+    above, below = streams[:, :-1], streams[:, 1:]
+    return torch.equal(above[:1], below[:1]) and torch.equal(above, below)
 
 
 def read(streams: Streams, h_pre: Tensor) -> Tensor:

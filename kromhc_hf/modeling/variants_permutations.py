@@ -101,7 +101,7 @@ class KromHCMixing(Mixing):
             swaps = swaps.view(*swaps.shape, *ones)
             for position in range(self.twos):
                 flipped = mixed.flip(position - len(ones))
-                mixed = torch.addcmul(mixed, swaps.select(-len(ones) - 1, position), flipped - mixed)
+                mixed = torch.lerp(mixed, flipped, swaps.select(-len(ones) - 1, position))
         for position, factor_logits in self._larger_factors(logits):
             size, dim, source = self.factors[position], position - len(ones), mixed
             factor = permutation_mixture(factor_logits, permutations(range(size)))

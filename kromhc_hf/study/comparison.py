@@ -1,5 +1,6 @@
 """A study of a user's own checkpoint on a text of theirs: every variant beside the controls that decide."""
 
+import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +11,7 @@ from ..inspection.plots import require_matplotlib
 from .arm import StudyError, make_arm
 from .cost import measure_costs, read_costs, seconds_left
 from .report import draw_curves, draw_differences, summarize
-from .runs import execute, results, write_atomically
+from .runs import changes, execute, results, stored, write_atomically
 from .study_file import Study
 from .timing import device_name
 from .tuning import tuned
@@ -52,8 +53,9 @@ def prepare(study: Study, folder: Path, device: str) -> float:
     """Measures what a step of each arm costs, and says how many seconds all runs will take one after the other."""
     require_matplotlib()
     _refuse_other(folder)
+    _refuse_to_overwrite(study, folder)
     measure_costs(study, folder, Path(), COST_ROUNDS, device)
-    return seconds_left(study, folder)
+    return seconds_left(study, folder, Path())
 
 
 def compare(study: Study, folder: Path, workers: int, device: str) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def compare(study: Study, folder: Path, workers: int, device: str) -> dict[str, 
     study = tuned(study, folder, Path(), workers, device)
     execute(study, folder, Path(), workers, device)
     about = {"device": device, "name": device_name(device), "torch": version("torch")}
-    summary = summarize(study, results(study, folder), read_costs(study, folder), about)
+    summary = summarize(study, results(study, folder, Path()), read_costs(study, folder), about)
     write_atomically(folder / "summary.json", summary)
     draw_differences(summary, folder / "differences.png")
     draw_curves(summary, study.curves, folder / "curves.png")
@@ -79,3 +81,18 @@ def _refuse_other(folder: Path) -> None:
         raise StudyError(
             f"output must be a new folder, or one of a comparison; {folder} has {sorted(others)[0]} in it."
         )
+
+
+def _refuse_to_overwrite(study: Study, folder: Path) -> None:
+    """Refuses a folder with runs of another comparison, which those of this one would replace."""
+    for name, arm in study.arms.items():
+        for seed in study.seeds:
+            if (run := stored(folder, name, seed)) is None:
+                continue
+            # Which of several learning rates is taken is found out later.
+            same_lr = arm if arm.lr_grid is None else dataclasses.replace(arm, lr=run["settings"]["lr"])
+            if different := changes(run, same_lr, Path()):
+                raise StudyError(
+                    f"output must be a new folder, or one of the same comparison; {folder} has runs that differ in "
+                    f"{', '.join(different)}, and they would be replaced. Use another folder."
+                )

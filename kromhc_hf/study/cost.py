@@ -78,14 +78,14 @@ def read_costs(study: Study, folder: Path) -> dict[str, float]:
     return costs
 
 
-def seconds_left(study: Study, folder: Path) -> float:
+def seconds_left(study: Study, folder: Path, shared: Path) -> float:
     """How long the runs of a study that are not there yet will take one after the other, evaluations left out."""
     entries = json.loads((folder / "cost.json").read_text(encoding="utf-8"))["costs"]
     seconds: dict[str, float] = {}
     for entry in entries:
         for name, key in ((entry["arm"], "seconds_per_step"), (entry["against"], "other_seconds_per_step")):
             seconds[name] = entry[key]
-    done, total = results(study, folder), 0.0
+    done, total = results(study, folder, shared), 0.0
     for name, arm in study.arms.items():
         # One seed more for each learning rate that is tried.
         left = len(study.seeds) - len(done[name]) + len(arm.lr_grid or ())

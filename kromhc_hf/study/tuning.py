@@ -23,7 +23,7 @@ def tuned(study: Study, folder: Path, shared: Path, workers: int, device: str) -
     if not grid.arms:
         return study
     execute(grid, folder, shared, workers, device)
-    losses = {name: runs[seed]["validation_loss"] for name, runs in results(grid, folder).items()}
+    losses = {name: runs[seed]["validation_loss"] for name, runs in results(grid, folder, shared).items()}
     arms = dict(study.arms)
     for name, some in tries.items():
         if some:
