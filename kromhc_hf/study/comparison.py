@@ -8,10 +8,11 @@ from typing import Any
 
 from ..conversion.files import resolve_source
 from ..inspection.plots import require_matplotlib
-from .arm import StudyError, make_arm
+from .arm import Arm, StudyError, make_arm
 from .cost import measure_costs, read_costs, seconds_left
 from .report import draw_curves, draw_differences, summarize
 from .runs import changes, execute, results, stored, write_atomically
+from .statistics import MOST_SEEDS
 from .study_file import Study
 from .timing import device_name
 from .tuning import tuned
@@ -40,10 +41,17 @@ def comparison(model: str, text: Path, variants: Sequence[str], seeds: int, sett
         StudyError: for a setting that is not allowed.
         FileNotFoundError: if there is no such checkpoint or text.
     """
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise StudyError(f"seeds must be from 1 to {MOST_SEEDS}; got {seeds}.")
+    if not all(variants):
+        raise StudyError(f"variants must be names with commas between; got {', '.join(variants)!r}.")
     folder = resolve_source(model)
     if not text.is_file():
         raise FileNotFoundError(f"TEXT must be a text file; got {text}.")
     shared = {"model": str(folder.resolve()), "text": str(text.resolve()), **settings}
+    if shared.get("lr_grid"):
+        # The windows that are reported must not choose.
+        shared = {"validation_share": Arm.held_out_share, **shared}
     wanted: dict[str, dict[str, Any]] = {REFERENCE: {}, **CONTROLS, **{name: {"variant": name} for name in variants}}
     made = {name: make_arm(name, shared | own) for name, own in wanted.items()}
     return Study(f"{folder.name} on {text.name}", list(range(seeds)), REFERENCE, made, list(made))

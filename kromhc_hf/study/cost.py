@@ -41,6 +41,9 @@ def measure_costs(study: Study, folder: Path, shared: Path, rounds: int, device:
     found: list[dict[str, Any]] = []
     for name, arm in study.arms.items():
         other = study.arms[study.compared_with(name)]
+        # Their steps do not all cost the same.
+        if arm.convert_at or other.convert_at:
+            continue
         settings = [cost_settings(arm), cost_settings(other)]
         if settings[0] != settings[1] and not any(entry["settings"] == settings for entry in found):
             print(f"measuring {name}", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from . import training, worker
 from .arm import Arm
 from .data import load_corpus
 from .inputs import inputs
-from .study_file import Study
+from .study_file import Study, file_name
 
 
 Task = tuple[str, int]
@@ -28,7 +28,7 @@ POLL_SECONDS = 0.3
 
 
 def result_path(folder: Path, name: str, seed: int) -> Path:
-    return folder / "runs" / f"{name.replace(' ', '_')}-seed{seed}.json"
+    return folder / "runs" / f"{file_name(name)}-seed{seed}.json"
 
 
 def stored(folder: Path, name: str, seed: int) -> dict[str, Any] | None:

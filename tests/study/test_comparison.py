@@ -3,12 +3,14 @@
 import shutil
 
 import pytest
+import torch
 from support.study import DEFAULTS, DEMO_DATA
 
 from kromhc_hf.study import data
 from kromhc_hf.study.arm import Arm, StudyError
-from kromhc_hf.study.comparison import comparison, prepare
+from kromhc_hf.study.comparison import compare, comparison, prepare
 from kromhc_hf.study.data import load_corpus
+from kromhc_hf.study.report import table
 from kromhc_hf.study.runs import execute, results
 
 
@@ -59,11 +61,45 @@ def test_runs_of_another_comparison_are_not_replaced(own, compared, fast_runs):
     assert {path: path.read_bytes() for path in (out / "runs").iterdir()} == before
 
 
+def test_one_seed_alone_tells_nothing(own, compared, fast_runs):
+    summaries = []
+    for seeds in (1, 2):
+        summaries.append(compare(compared(seeds=seeds, variants=["mhc"]), own / "out", 1, "cpu"))
+    rows = [table(summary).splitlines() for summary in summaries]
+    one, two = ([row.split(" | ")[8] for row in lines if row.startswith("| mhc ")] for lines in rows)
+    assert (one, two) == ([""], ["no"])
+
+
 def test_a_chosen_learning_rate_is_no_other_comparison(own, compared, fast_runs):
     out, grid = own / "out", {"lr_grid": [0.5, 0.25], "lr": 0.5}
     study = compared(**grid)
     execute(compared(**grid | {"lr": 0.25}), out, own, 1)
     assert prepare(study, out, "cpu") >= 0
+
+
+def test_learning_rates_are_not_chosen_on_the_windows_that_are_reported(own, compared, tmp_path):
+    (arm, *_) = compared(lr_grid=[0.5, 0.25]).arms.values()
+    corpus = load_corpus(arm, own, tmp_path / "tokens")
+    assert not torch.equal(corpus.validation, corpus.held_out)
+    plain = load_corpus(next(iter(compared().arms.values())), own, tmp_path / "tokens")
+    assert torch.equal(plain.held_out, corpus.held_out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 32}, "seeds must be from 1 to 31; got 32"),
+        ({"variants": ["kromhc", ""]}, "variants must be names with commas between; got 'kromhc, '"),
+    ],
+)
+def test_wrong_comparisons_are_refused(changes, message, compared):
+    with pytest.raises(StudyError, match=message):
+        compared(**changes)
+
+
+def test_windows_longer_than_the_context_are_refused_before_training(own, compared):
+    with pytest.raises(StudyError, match="length must be at most 256, the context of the model; got 257"):
+        prepare(compared(length=257), own / "out", "cpu")
 
 
 def test_tokens_that_were_half_written_are_not_read(tmp_path, monkeypatch):
