@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
-from benchmarks.measuring import DTYPES, arguments, bars, in_turn, ratio, report
+from benchmarks.measuring import DTYPES, TRAINED, arguments, as_trained, bars, in_turn, ratio, report
 from kromhc_hf import apply_hyper_connections
 
 
@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument(
         "--stream-layers", nargs="+", default=["all"], help="layers with streams, each a slice like 4:6"
     )
+    parser.add_argument("--trained", action="store_true", help=TRAINED)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--compile", action="store_true", help="measure compiled decoding with a static cache as well")
@@ -31,6 +32,8 @@ def main() -> None:
         for layers in options.stream_layers:
             name = f"n={n}" + ("" if layers == "all" else f", layers {layers}")
             models[name] = apply_hyper_connections(copy.deepcopy(base), n, layers=layers)
+            if options.trained:
+                as_trained(models[name])
     prompt = torch.randint(base.config.vocab_size, (1, options.prompt), device=options.device)
 
     candidates = {}

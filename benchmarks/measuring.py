@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kromhc_hf import HyperConnection
 from kromhc_hf.study import timing
 
 
@@ -35,6 +36,9 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
     return parser
 
 
+TRAINED = "give the hyper-connections random weights: at their init all streams are equal, which costs less"
+
+
 def in_turn(candidates: Mapping[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every candidate in every round. All run once in each round, so that they see the same machine."""
     return timing.in_turn(candidates, options.rounds, options.cpu_time)
@@ -56,6 +60,14 @@ def saved_bytes(run: Callable[[], Any], besides: Sequence[torch.Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     return sum(saved.values())
+
+
+def as_trained(model: Any) -> Any:
+    """The model with weights that tell the streams apart; at the init they are equal, and equal ones cost less."""
+    for module in model.modules():
+        if isinstance(module, HyperConnection) and module.weight is not None:
+            torch.nn.init.normal_(module.weight, std=0.02)
+    return model
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:

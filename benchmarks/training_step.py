@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measuring import DTYPES, arguments, bars, in_turn, peak_bytes, ratio, report
+from benchmarks.measuring import DTYPES, TRAINED, arguments, as_trained, bars, in_turn, peak_bytes, ratio, report
 from kromhc_hf import HyperConnection, apply_hyper_connections
 from kromhc_hf.modeling.kernels import KERNELS
 from kromhc_hf.modeling.variants import VARIANTS
@@ -63,6 +63,7 @@ def llama_arguments(description: str | None, rounds: int) -> argparse.ArgumentPa
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--kernel", choices=KERNELS, default="auto")
+    parser.add_argument("--trained", action="store_true", help=TRAINED)
     return parser
 
 
@@ -83,6 +84,8 @@ def make(variant: str | None, options: argparse.Namespace, layers: str = "all") 
         for module in model.modules():
             if isinstance(module, HyperConnection):
                 module.kernel = options.kernel
+        if options.trained:
+            as_trained(model)
     return model
 
 

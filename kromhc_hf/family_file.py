@@ -34,15 +34,15 @@ def register_family_file(path: Path) -> None:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be a TOML file; {error}.") from error
-    given = _arguments({"model_type": str, "layer_class": str, "row": tuple[dict, ...]}, content, str(path))
+    given = arguments_of({"model_type": str, "layer_class": str, "row": tuple[dict, ...]}, content, str(path))
     for name in ("model_type", "row"):
         if name not in given:
             raise ValueError(f"{path} must say {name}; it has {', '.join(content) or 'nothing'}.")
-    kinds = tuple(_layers(table, f"{path}: [[row]] {i}") for i, table in enumerate(given.pop("row"), start=1))
+    kinds = tuple(layers_of(table, f"{path}: [[row]] {i}") for i, table in enumerate(given.pop("row"), start=1))
     register_family(row=kinds[0] if len(kinds) == 1 else kinds, **given)
 
 
-def _layers(table: dict[str, Any], where: str) -> LayerSpec:
+def layers_of(table: dict[str, Any], where: str) -> LayerSpec:
     """One kind of layers: a word with its sublayers and options, or the steps one by one."""
     said = [name for name in (*WORDS, "steps") if name in table]
     if len(said) != 1:
@@ -52,7 +52,7 @@ def _layers(table: dict[str, Any], where: str) -> LayerSpec:
         return _made(LayerSpec, table, where)
     word: Any = WORDS[name]
     own = {option: kind for option, kind in get_type_hints(word).items() if kind not in (Sublayer, LayerSpec, Any)}
-    given = _arguments({name: tuple[Sublayer, ...], **own, **OF_LAYERS}, table, where)
+    given = arguments_of({name: tuple[Sublayer, ...], **own, **OF_LAYERS}, table, where)
     sublayers = given.pop(name)
     if not sublayers or (word is sequential and len(sublayers) != 2):
         expected = "two, attention and feed-forward" if word is sequential else "at least one"
@@ -63,14 +63,14 @@ def _layers(table: dict[str, Any], where: str) -> LayerSpec:
 def _made(word: Any, table: Any, where: str) -> Any:
     """A `LayerSpec`, `Step` or `Sublayer` from the table of its arguments."""
     kinds = {name: kind for name, kind in get_type_hints(word).items() if name != "derived"}
-    given = _arguments(kinds, table, where)
+    given = arguments_of(kinds, table, where)
     try:
         return word(**given)
     except TypeError as error:
         raise ValueError(f"{where} must say all of a {word.__name__}; {error}.") from error
 
 
-def _arguments(kinds: dict[str, Any], table: Any, where: str) -> dict[str, Any]:
+def arguments_of(kinds: dict[str, Any], table: Any, where: str) -> dict[str, Any]:
     """The values of a table, each as its type wants it."""
     if not isinstance(table, dict):
         raise ValueError(f"{where} must be a table with {', '.join(kinds)}; got {table!r}.")

@@ -94,7 +94,7 @@ def study(options: argparse.Namespace) -> int:
     plan = at_equal_time(plan, costs)
     plan = tuned(plan, options.output, options.shared, options.workers, options.device)
     execute(plan, options.output, options.shared, options.workers, options.device)
-    summary = summarize(plan, results(plan, options.output), costs, machine(options))
+    summary = summarize(plan, results(plan, options.output, options.shared), costs, machine(options))
     write_atomically(options.output / "summary.json", summary)
     draw_differences(summary, options.output / "differences.png")
     draw_curves(summary, plan.curves, options.output / "curves.png")

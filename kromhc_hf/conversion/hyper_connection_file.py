@@ -16,6 +16,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from ..applying import apply_hyper_connections, has_hyper_connections
+from ..carried_row import row_to_carry, with_carried_row
 from ..modeling.configuration_kromhc import ORIGIN
 from ..modeling.model_card import model_card
 from ..modeling.modeling_kromhc import FACES, KromHCForCausalLM
@@ -30,6 +31,7 @@ from .loaded_base import BaseDigests, auto_class_of, find_base
 FILE = "hyper_connections.safetensors"
 DESCRIPTION = "kromhc"
 DIGESTS = "base_digests"
+FAMILY = "family"
 # Files of earlier versions do not say; they are of causal language models.
 AUTO_CLASS = "auto_class"
 AUTO_CLASSES = {face.auto_class.__name__: face.auto_class for face in FACES}
@@ -46,7 +48,8 @@ def save_hyper_connections(
     """Saves the hyper-connections of a model alone, with the id and revision of the base that they belong to.
 
     The base's own parameters must be those of the base checkpoint, as they are with `freeze_backbone`; they are not
-    saved, but digests of them are. `load_hyper_connections(folder)` makes the model again, on the same base alone.
+    saved, but digests of them are, and the row of a family from outside. `load_hyper_connections(folder)` makes the
+    model again, on the same base alone.
 
     Args:
         model: a model with hyper-connections.
@@ -116,6 +119,8 @@ def load_hyper_connections(
 ) -> Any:
     """Loads a base model and the hyper-connections that `source` holds for it.
 
+    The row of a family from outside comes with them, and is registered unless there is one.
+
     Args:
         source: folder, file or Hub id with what `save_hyper_connections` or `push_hyper_connections` wrote.
         revision: of the repository with the hyper-connections.
@@ -152,8 +157,9 @@ def load_hyper_connections(
             f"{base_model} is another one. Give that base, with base_model and base_revision, in the dtype in which it "
             "was saved."
         )
-    apply_hyper_connections(model, **description["options"])
-    load_hyper_connection_state_dict(model, tensors, path)
+    with with_carried_row(model.config.model_type, description.get(FAMILY), path):
+        apply_hyper_connections(model, **description["options"])
+        load_hyper_connection_state_dict(model, tensors, path)
     return model
 
 
@@ -180,6 +186,8 @@ def _description(
         "options": config.stream_options().to_dict(),
         DIGESTS: asdict(base.digests),
     }
+    if (family := row_to_carry(config)) is not None:
+        description[FAMILY] = family
     on_hub = {} if Path(base.name).is_dir() else {"base_model": base.name, "base_revision": base.revision}
     config.hc_conversion = {"license": (getattr(config, ORIGIN, None) or {}).get("license"), **on_hub}
     return {"format": "pt", DESCRIPTION: json.dumps(description)}, model_card(config, name, weights="hyper-connections")

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 
 
 # The methods that unpack the weights of a layer with nothing but what is stored in that layer.
-BY_LAYERS = ("bitsandbytes", "torchao", "compressed-tensors", "fp8", "bitnet", "gemma")
+BY_LAYERS = ("bitsandbytes", "torchao", "compressed-tensors", "fp8", "mxfp8", "mxfp4", "bitnet", "gemma")
 WHOLE = "that method unpacks a whole model at once, after all of its weights are there"
 
 
@@ -66,8 +66,9 @@ def layer_quantizer(config: Any, folder: Path) -> Any:
     with runnable(config, folder):
         # A copy, since the method writes into it.
         quantizer = get_hf_quantizer(copy.deepcopy(config), None, None, True, {})[0]
-    # Its modules unpack themselves in the first forward of the model, all of them; so the weights are unpacked instead.
-    if method == "compressed-tensors":
+    # To numbers where that can be asked for: what a method packs for its kernels, or unpacks in the first forward, it
+    # does with the whole model.
+    if hasattr(quantizer.quantization_config, "dequantize"):
         quantizer.quantization_config.dequantize = True
     return quantizer
 

@@ -264,7 +264,7 @@ def width_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of streams `[T, n, C]`, in the dtype of the bias: these, the branch input `[T, 1, C]`, h_post and the logits.
 
-    Without logits there is nothing to mix.
+    There are no logits where mixing leaves the streams as they are: equal ones, by rows that sum to 1.
     """
     wide = cast(tokens, bias.dtype)
     products, squares = None, None
@@ -278,8 +278,7 @@ def width_reference(
         return wide, (h_pre.unsqueeze(-1) * wide).sum(1, keepdim=True), h_post, logits
     first, others = wide.split_with_sizes((1, wide.shape[1] - 1), dim=1)
     branch_input = torch.addcmul(first, gap_to_one(h_pre).unsqueeze(-1), first)
-    if form == "differences" or torch.is_grad_enabled():
-        branch_input = branch_input + (h_pre[..., 1:, None] * (others - first)).sum(1, keepdim=True)
-    elif mixing.rows_sum_to_one:
-        logits = None  # equal streams stay what they are
-    return wide, branch_input, h_post, logits
+    if form == "equal" and not torch.is_grad_enabled():
+        return wide, branch_input, h_post, None if mixing.rows_sum_to_one else logits
+    rest = (h_pre[..., 1:, None] * (others - first)).sum(1, keepdim=True)
+    return wide, branch_input + rest, h_post, logits

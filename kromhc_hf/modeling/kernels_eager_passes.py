@@ -139,8 +139,8 @@ class Streams(NamedTuple):
         first = streams[:, :1].to(weights.dtype)
         if self.form == "equal":
             # Without differences the sum of the weights is all that counts.
-            place = out if out.dtype == weights.dtype else first.new_empty(out.shape)
-            return place.copy_(first) if sum_to_one else torch.mul(first_weight(weights), first, out=place)
+            wide = out if out.dtype == weights.dtype else first.new_empty(out.shape)
+            return wide.copy_(first) if sum_to_one else torch.mul(first_weight(weights), first, out=wide)
         # The differences of equal streams are exactly 0, and 0 whatever they are weighted with. What they are added to
         # is no factor of the product, which may be cut to TF32.
         total = first.expand(-1, weights.shape[1], -1) if sum_to_one else first_weight(weights) * first
@@ -159,6 +159,10 @@ def all_equal(streams: Tensor) -> bool:
     """Whether every token `[T, n, C]` has n equal streams. Streams that differ mostly do so in the first token."""
     if streams.stride(1) == 0:
         return True
+    # Compared bit by bit, in the widest pieces: twice as fast in fp32 as number by number.
+    count = 8 // streams.itemsize
+    if count > 1 and streams.is_contiguous() and streams.shape[2] % count == streams.storage_offset() % count == 0:
+        streams = streams.view(torch.int64)
     above, below = streams[:, :-1], streams[:, 1:]
     return torch.equal(above[:1], below[:1]) and torch.equal(above, below)
 

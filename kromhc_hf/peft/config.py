@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         base_model_type: str | None
         base_hidden_size: int | None
         base_num_layers: int | None
+        base_family: dict[str, Any] | None
         target_modules: str | list[str] | None
         modules_to_save: list[str] | None
 
@@ -56,6 +57,7 @@ class KromHCPeftConfig(PeftConfig):
         base_model_type: filled in when the adapter is made; another base is refused when it is loaded.
         base_hidden_size: likewise.
         base_num_layers: likewise.
+        base_family: filled in with the row of a base from outside, which is registered where there is none.
         target_modules: filled in with the decoder layers of the base.
 
     Raises:
@@ -65,6 +67,7 @@ class KromHCPeftConfig(PeftConfig):
     base_model_type: str | None = None
     base_hidden_size: int | None = None
     base_num_layers: int | None = None
+    base_family: dict[str, Any] | None = None
     target_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..applying import apply_hyper_connections, has_hyper_connections
+from ..carried_row import row_to_carry, with_carried_row
 from ..conversion.base import BaseCheckpoint
 from ..conversion.disk import new_folder, real_path
 from ..conversion.files import ADAPTER_CONFIG, ADAPTER_TYPE, CARD, read_json
@@ -132,6 +133,7 @@ def model_to_adapter(
         base_model_type=hf_config.model_type.removeprefix(PREFIX),
         base_hidden_size=hf_config.get_text_config().hidden_size,
         base_num_layers=hf_config.get_text_config().num_hidden_layers,
+        base_family=row_to_carry(hf_config),
         **hf_config.stream_options().to_dict(),
     )
     config.save_pretrained(str(destination))
@@ -173,8 +175,9 @@ def adapter_to_checkpoint(
     config, destination = KromHCPeftConfig.from_pretrained(str(source)), Path(destination)
     tensors = model_keys(_adapter_tensors(Path(source)))
     checkpoint = BaseCheckpoint.open(named, None if base else config.revision, code=trust_remote_code)
-    model = StoredModel.open(checkpoint.folder, trust_remote_code=trust_remote_code).load()
-    plan_adapter(model, config)
+    with with_carried_row(str(config.base_model_type), config.base_family, path):
+        model = StoredModel.open(checkpoint.folder, trust_remote_code=trust_remote_code).load()
+        plan_adapter(model, config)
     apply_hyper_connections(model, **config.stream_options().to_dict())
     load_hyper_connection_state_dict(model, tensors, source)
     model.config.hc_conversion = checkpoint.origin

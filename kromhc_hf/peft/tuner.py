@@ -16,6 +16,7 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from ..applying import has_hyper_connections
+from ..carried_row import row_to_carry, with_carried_row
 from ..conversion.files import ADAPTER_TYPE
 from ..modeling.connection_plan import ConnectionPlan, find_decoder, present_plan
 from ..modeling.decoder_layer import new_connections
@@ -77,6 +78,11 @@ def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, 
         ValueError: if the family is not supported, the model has hyper-connections of its own, or the adapter was made
             for another base.
     """
+    with with_carried_row(model.config.model_type, config.base_family, "base_family of the adapter"):
+        return _plan_adapter(model, config)
+
+
+def _plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, dict[str, Any]]:
     plan = None if has_hyper_connections(model) else present_plan(find_decoder(model))
     if plan is None or not all(isinstance(layer, AdaptedLayer) for layer in plan.decoder.connected):
         raise ValueError(
@@ -97,7 +103,8 @@ def plan_adapter(model: Any, config: KromHCPeftConfig) -> tuple[ConnectionPlan, 
             f"The adapter must be loaded on the base model that it was made for, {made_for}; got "
             f"{type(model).__name__} with {actual}. Load {config.base_model_name_or_path or 'that base model'} first."
         )
-    return plan, {**actual, "layers": config.stream_options().in_model(base_config.num_hidden_layers).layers}
+    layers = config.stream_options().in_model(base_config.num_hidden_layers).layers
+    return plan, {**actual, "base_family": row_to_carry(model.config), "layers": layers}
 
 
 class HyperConnectionTuner(BaseTuner):

@@ -226,6 +226,10 @@ def _check_controls(arm: Arm) -> None:
         raise ValueError("wider_as must have a backbone: a pretrained model cannot be made wider. Use another control.")
     if arm.convert_at and arm.equal_time:
         raise ValueError("equal_time must not go with convert_at, whose steps do not all cost the same. Leave one out.")
+    if arm.convert_at and not 0 < round(arm.convert_at * arm.steps) < arm.steps:
+        raise ValueError(
+            f"convert_at must leave steps before and after the conversion; got {arm.convert_at} of {arm.steps} steps."
+        )
     if arm.convert_at and (arm.variant is None or arm.init != "identity" or arm.trained != "all"):
         raise ValueError(
             "convert_at must have a variant with init 'identity', which leaves the trained model as it is, and "

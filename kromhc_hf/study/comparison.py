@@ -1,5 +1,6 @@
 """A study of a user's own checkpoint on a text of theirs: every variant beside the controls that decide."""
 
+import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 from ..conversion.files import resolve_source
 from ..inspection.plots import require_matplotlib
-from .arm import StudyError, make_arm
+from .arm import Arm, StudyError, make_arm
 from .cost import measure_costs, read_costs, seconds_left
 from .report import draw_curves, draw_differences, summarize
-from .runs import execute, results, write_atomically
+from .runs import changes, execute, results, stored, write_atomically
+from .statistics import MOST_SEEDS
 from .study_file import Study
 from .timing import device_name
 from .tuning import tuned
@@ -39,10 +41,17 @@ def comparison(model: str, text: Path, variants: Sequence[str], seeds: int, sett
         StudyError: for a setting that is not allowed.
         FileNotFoundError: if there is no such checkpoint or text.
     """
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise StudyError(f"seeds must be from 1 to {MOST_SEEDS}; got {seeds}.")
+    if not all(variants):
+        raise StudyError(f"variants must be names with commas between; got {', '.join(variants)!r}.")
     folder = resolve_source(model)
     if not text.is_file():
         raise FileNotFoundError(f"TEXT must be a text file; got {text}.")
     shared = {"model": str(folder.resolve()), "text": str(text.resolve()), **settings}
+    if shared.get("lr_grid"):
+        # The windows that are reported must not choose.
+        shared = {"validation_share": Arm.held_out_share, **shared}
     wanted: dict[str, dict[str, Any]] = {REFERENCE: {}, **CONTROLS, **{name: {"variant": name} for name in variants}}
     made = {name: make_arm(name, shared | own) for name, own in wanted.items()}
     return Study(f"{folder.name} on {text.name}", list(range(seeds)), REFERENCE, made, list(made))
@@ -52,8 +61,9 @@ def prepare(study: Study, folder: Path, device: str) -> float:
     """Measures what a step of each arm costs, and says how many seconds all runs will take one after the other."""
     require_matplotlib()
     _refuse_other(folder)
+    _refuse_to_overwrite(study, folder)
     measure_costs(study, folder, Path(), COST_ROUNDS, device)
-    return seconds_left(study, folder)
+    return seconds_left(study, folder, Path())
 
 
 def compare(study: Study, folder: Path, workers: int, device: str) -> dict[str, Any]:
@@ -65,7 +75,7 @@ def compare(study: Study, folder: Path, workers: int, device: str) -> dict[str, 
     study = tuned(study, folder, Path(), workers, device)
     execute(study, folder, Path(), workers, device)
     about = {"device": device, "name": device_name(device), "torch": version("torch")}
-    summary = summarize(study, results(study, folder), read_costs(study, folder), about)
+    summary = summarize(study, results(study, folder, Path()), read_costs(study, folder), about)
     write_atomically(folder / "summary.json", summary)
     draw_differences(summary, folder / "differences.png")
     draw_curves(summary, study.curves, folder / "curves.png")
@@ -79,3 +89,18 @@ def _refuse_other(folder: Path) -> None:
         raise StudyError(
             f"output must be a new folder, or one of a comparison; {folder} has {sorted(others)[0]} in it."
         )
+
+
+def _refuse_to_overwrite(study: Study, folder: Path) -> None:
+    """Refuses a folder with runs of another comparison, which those of this one would replace."""
+    for name, arm in study.arms.items():
+        for seed in study.seeds:
+            if (run := stored(folder, name, seed)) is None:
+                continue
+            # Which of several learning rates is taken is found out later.
+            same_lr = arm if arm.lr_grid is None else dataclasses.replace(arm, lr=run["settings"]["lr"])
+            if different := changes(run, same_lr, Path()):
+                raise StudyError(
+                    f"output must be a new folder, or one of the same comparison; {folder} has runs that differ in "
+                    f"{', '.join(different)}, and they would be replaced. Use another folder."
+                )

@@ -22,11 +22,12 @@ class ScaledResidual(HyperConnection):
     Args:
         scale: the factor at the start.
         learned: whether it is trained.
+        device: of the branch, which would else wait for the factor at every step.
     """
 
-    def __init__(self, hidden_size: int, scale: float, learned: bool):
+    def __init__(self, hidden_size: int, scale: float, learned: bool, device: torch.device | None = None):
         super().__init__(hidden_size, 1)
-        self.scale = nn.Parameter(torch.tensor(scale), requires_grad=learned)
+        self.scale = nn.Parameter(torch.tensor(scale, device=device), requires_grad=learned)
 
     def forward(self, streams: Tensor, branches: int = 0) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         branch_input, _ = super().forward(streams)
@@ -39,7 +40,8 @@ def scale_branches(model: Any, scale: float, learned: bool) -> None:
     for layer in model.modules():
         for name, child in layer.named_children():
             if isinstance(child, HyperConnection):
-                setattr(layer, name, ScaledResidual(child.hidden_size, scale, learned))
+                device = next(layer.parameters()).device
+                setattr(layer, name, ScaledResidual(child.hidden_size, scale, learned, device))
 
 
 def as_wide_as(arm: Arm, other: Arm, count: Callable[[Arm], int]) -> Arm:

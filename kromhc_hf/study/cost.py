@@ -41,6 +41,9 @@ def measure_costs(study: Study, folder: Path, shared: Path, rounds: int, device:
     found: list[dict[str, Any]] = []
     for name, arm in study.arms.items():
         other = study.arms[study.compared_with(name)]
+        # Their steps do not all cost the same.
+        if arm.convert_at or other.convert_at:
+            continue
         settings = [cost_settings(arm), cost_settings(other)]
         if settings[0] != settings[1] and not any(entry["settings"] == settings for entry in found):
             print(f"measuring {name}", file=sys.stderr, flush=True)
@@ -78,14 +81,14 @@ def read_costs(study: Study, folder: Path) -> dict[str, float]:
     return costs
 
 
-def seconds_left(study: Study, folder: Path) -> float:
+def seconds_left(study: Study, folder: Path, shared: Path) -> float:
     """How long the runs of a study that are not there yet will take one after the other, evaluations left out."""
     entries = json.loads((folder / "cost.json").read_text(encoding="utf-8"))["costs"]
     seconds: dict[str, float] = {}
     for entry in entries:
         for name, key in ((entry["arm"], "seconds_per_step"), (entry["against"], "other_seconds_per_step")):
             seconds[name] = entry[key]
-    done, total = results(study, folder), 0.0
+    done, total = results(study, folder, shared), 0.0
     for name, arm in study.arms.items():
         # One seed more for each learning rate that is tried.
         left = len(study.seeds) - len(done[name]) + len(arm.lr_grid or ())

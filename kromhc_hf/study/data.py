@@ -1,6 +1,6 @@
 """The text of a study as tokens: training windows drawn by seed, and held-out windows that never change."""
 
-import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arm import PLAIN_TOKENIZERS, Arm, StudyError
+from .arm import Arm, StudyError
+from .inputs import fingerprint, tokenizer_folder
 
 
 BYTES = 256
@@ -34,12 +35,14 @@ def load_corpus(arm: Arm, shared: Path, cache: Path) -> Corpus:
     """The tokens of an arm's text, made once for each text and tokenizer and then read from `cache`.
 
     Raises:
-        StudyError: if the text is too short for the windows.
+        StudyError: if the text is too short for the windows, or no UTF-8.
     """
-    path = cache / f"{_fingerprint(arm, shared)}.pt"
+    path = cache / f"{fingerprint(arm, shared)}.pt"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save(_tokenize(arm, shared), path)
+        partial = path.with_suffix(".partial")
+        torch.save(_tokenize(arm, shared), partial)
+        os.replace(partial, path)
     tokens = torch.load(path)
     windows, starts = _spread_windows(arm, tokens["held_out"])
     # The first token of a window is given, not predicted.
@@ -86,30 +89,16 @@ def _characters(arm: Arm, shared: Path) -> list[str]:
 
 
 def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-def _tokenizer_folder(arm: Arm, shared: Path) -> Path:
-    return shared / (arm.tokenizer or arm.model or "")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StudyError(f"the text must be UTF-8; {path} is not ({error}).") from error
 
 
 def _tokenizer(arm: Arm, shared: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_tokenizer_folder(arm, shared), model_max_length=10**9)
-
-
-def _fingerprint(arm: Arm, shared: Path) -> str:
-    """Names a text, its shares and a tokenizer by their contents."""
-    shares = (arm.held_out_share, arm.validation_share)
-    digest = hashlib.sha256(repr((arm.text, arm.held_out_text, *shares)).encode())
-    for file in (arm.text, arm.held_out_text):
-        digest.update(b"" if file is None else (shared / file).read_bytes())
-    plain = arm.tokenizer in PLAIN_TOKENIZERS
-    digest.update(
-        str(arm.tokenizer).encode() if plain else (_tokenizer_folder(arm, shared) / "tokenizer.json").read_bytes()
-    )
-    return digest.hexdigest()[:16]
+    return AutoTokenizer.from_pretrained(tokenizer_folder(arm, shared), model_max_length=10**9)
 
 
 def _tokenize(arm: Arm, shared: Path) -> dict[str, Tensor]:

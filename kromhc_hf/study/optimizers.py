@@ -38,8 +38,9 @@ def make_optimizers(arm: Arm, model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def embeddings(model: Any) -> list[nn.Module]:
-    """What makes vectors of tokens, and logits of vectors."""
-    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    """What makes vectors of tokens and of positions, and logits of vectors."""
+    head = model.get_output_embeddings()
+    return [module for module in model.modules() if module is head or isinstance(module, nn.Embedding)]
 
 
 def learning_rate(arm: Arm, step: int) -> float:

@@ -93,7 +93,7 @@ def _chosen_rate(settings: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, arm: Mapping[str, Any]) -> dict[str, str]:
-    difference, cost = arm["difference"], arm["cost"]
+    difference, cost, answers = arm["difference"], arm["cost"], {True: "yes", False: "no"}
     return {
         "arm": name,
         "steps": str(arm["settings"]["steps"]),
@@ -103,7 +103,8 @@ def _row(name: str, arm: Mapping[str, Any]) -> dict[str, str]:
         "bits/byte": f"{arm['bits_per_byte']['mean']:.4f}",
         "difference": "" if difference is None else with_error(difference, "+"),
         "against": arm["against"] or "",
-        "separates": "" if difference is None else "yes" if arm["separates"] else "no",
+        # One seed alone cannot tell.
+        "separates": "" if difference is None or difference["standard_error"] is None else answers[arm["separates"]],
         "CPU s/step": f"{arm['seconds_per_step']:.3f}",
         "cost": "" if cost is None else f"{cost:.2f}",
     }

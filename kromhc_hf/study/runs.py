@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import queue
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import training, worker
 from .arm import Arm
 from .data import load_corpus
-from .study_file import Study
+from .inputs import inputs
+from .study_file import Study, file_name
 
 
 Task = tuple[str, int]
@@ -27,16 +28,26 @@ POLL_SECONDS = 0.3
 
 
 def result_path(folder: Path, name: str, seed: int) -> Path:
-    return folder / "runs" / f"{name.replace(' ', '_')}-seed{seed}.json"
+    return folder / "runs" / f"{file_name(name)}-seed{seed}.json"
 
 
-def finished(folder: Path, name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
-    """The result of a run, if there is one with exactly these settings; those it does not know were the defaults."""
+def stored(folder: Path, name: str, seed: int) -> dict[str, Any] | None:
+    """The result of a run under this name, if there is one."""
     path = result_path(folder, name, seed)
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if Arm().settings() | result["settings"] == arm.settings() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def changes(result: Mapping[str, Any], arm: Arm, shared: Path) -> list[str]:
+    """In which settings a stored run is another than one of this arm; what it does not know were the defaults."""
+    before, now = Arm().settings() | result["settings"], arm.settings()
+    files = result.get("inputs") not in (None, inputs(arm, shared))
+    return [key for key in now if before[key] != now[key]] + ["the files that these name"] * files
+
+
+def finished(folder: Path, name: str, arm: Arm, seed: int, shared: Path) -> dict[str, Any] | None:
+    """The result of a run, if there is one with exactly these settings and of the same files."""
+    result = stored(folder, name, seed)
+    return result if result is not None and not changes(result, arm, shared) else None
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -47,10 +58,11 @@ def write_atomically(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-def results(study: Study, folder: Path) -> Results:
+def results(study: Study, folder: Path, shared: Path) -> Results:
     """All finished runs, by arm and seed."""
     found = {
-        name: {seed: finished(folder, name, arm, seed) for seed in study.seeds} for name, arm in study.arms.items()
+        name: {seed: finished(folder, name, arm, seed, shared) for seed in study.seeds}
+        for name, arm in study.arms.items()
     }
     return {name: {seed: run for seed, run in runs.items() if run} for name, runs in found.items()}
 
@@ -60,7 +72,7 @@ def execute(study: Study, folder: Path, shared: Path, workers: int, device: str 
 
     One worker is this process; more are processes of their own. Progress goes to stderr.
     """
-    present = results(study, folder)
+    present = results(study, folder, shared)
     tasks = [(name, seed) for seed in study.seeds for name in study.arms if seed not in present[name]]
     for name, _ in tasks:
         load_corpus(study.arms[name], shared, folder / "tokens")
@@ -78,8 +90,9 @@ def train_and_save(
     def news(step: int, loss: float) -> None:
         report((name, seed, step, loss))
 
+    read = inputs(arm, shared)
     result = training.run(arm, seed, shared, folder / "tokens", news, device)
-    write_atomically(result_path(folder, name, seed), result)
+    write_atomically(result_path(folder, name, seed), {"inputs": read, **result})
 
 
 def _execute_in_processes(

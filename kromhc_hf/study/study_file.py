@@ -28,6 +28,11 @@ class Study:
         return self.arms[name].against or self.reference
 
 
+def file_name(arm: str) -> str:
+    """An arm's name in those of its files."""
+    return arm.replace(" ", "_")
+
+
 def load_study(path: Path, shared: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Study:
     """Reads a study and checks all of it.
 
@@ -73,8 +78,8 @@ def load_study(path: Path, shared: Path, changes: Mapping[str, Any] = MappingPro
     for name, arm in made.items():
         _check_files(name, arm, shared)
     for name, arm in made.items():
-        if arm.wider_as is not None and made[arm.wider_as].backbone is None:
-            raise StudyError(f"arm {name!r}: wider_as must name an arm from scratch; got {arm.wider_as!r}.")
+        _check_compared(name, arm, study)
+    for name, arm in made.items():
         if arm.wider_as is not None:
             study.arms[name] = as_wide_as(arm, made[arm.wider_as], lambda it: size(it, shared))
     return study
@@ -98,6 +103,26 @@ def _check_files(name: str, arm: Arm, shared: Path) -> None:
                 f"arm {name!r}: {key} must be in the shared folder; {shared / value} is not there. "
                 "Use --shared FOLDER, or set KROMHC_SHARED."
             )
+
+
+def _check_compared(name: str, arm: Arm, study: Study) -> None:
+    """Refuses an arm that is made after one that is itself made after another."""
+    other = study.compared_with(name)
+    cut = study.arms[other].equal_time and study.compared_with(other) != other
+    if arm.equal_time and other != name and (cut or study.arms[other].convert_at):
+        raise StudyError(
+            f"arm {name!r}: equal_time must be against an arm whose steps all cost the same and are not cut "
+            f"themselves; got {other!r}. Name another in against."
+        )
+    wide = None if arm.wider_as is None else study.arms[arm.wider_as]
+    if wide is not None and (wide.backbone is None or wide.wider_as is not None):
+        raise StudyError(
+            f"arm {name!r}: wider_as must name an arm from scratch that is not made wider itself; got {arm.wider_as!r}."
+        )
+    if twin := next(
+        (twin for twin in study.arms if twin != name and file_name(twin).lower() == file_name(name).lower()), None
+    ):
+        raise StudyError(f"arms must have names that differ as those of files; got {name!r} and {twin!r}. Rename one.")
 
 
 def _seeds(value: Any) -> list[int]:

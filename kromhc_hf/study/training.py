@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arm import Arm
+from .arm import Arm, StudyError
 from .data import Corpus, batches, load_corpus
 from .models import adapted_model, parameter_counts, plain_model
 from .optimizers import learning_rate, make_optimizers
@@ -34,12 +34,16 @@ class Training:
 
     Raises:
         RuntimeError: if a retrofit does not start at the loss of its base.
+        StudyError: if the windows are longer than the context of the model.
     """
 
     def __init__(self, arm: Arm, seed: int, corpus: Corpus, shared: Path, device: str = "cpu"):
         torch.manual_seed(seed)
         self.arm, self.corpus, self.device, self.steps_done = arm, corpus, device, 0
         self.model = plain_model(arm, shared).to(device)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or arm.length
+        if arm.length > context:
+            raise StudyError(f"length must be at most {context}, the context of the model; got {arm.length}.")
         self.base_loss = self.held_out_loss()
         # The backbone trains alone until then.
         self.convert_after = round(arm.convert_at * arm.steps)

@@ -1,9 +1,10 @@
 """The learning rate of each arm, chosen from its grid with one seed before the seeds of the study run."""
 
 import dataclasses
+import math
 from pathlib import Path
 
-from .arm import Arm
+from .arm import Arm, StudyError
 from .runs import execute, results
 from .study_file import Study
 
@@ -12,22 +13,28 @@ def tuned(study: Study, folder: Path, shared: Path, workers: int, device: str) -
     """The study with the learning rates that had the lowest validation loss; what is trained for that stays in folder.
 
     The seed is none of the study's, so that no arm is reported on the run that it was chosen by.
+
+    Raises:
+        StudyError: if no learning rate of an arm has a loss that is a number.
     """
     seed = max(study.seeds) + 1
     tries: dict[str, dict[str, Arm]] = {}
     for name, arm in study.arms.items():
         tries[name] = {
-            f"{name} at lr {rate:g}": dataclasses.replace(arm, lr=rate, lr_grid=None) for rate in arm.lr_grid or ()
+            f"{name} at lr {rate}": dataclasses.replace(arm, lr=rate, lr_grid=None) for rate in arm.lr_grid or ()
         }
     grid = Study(study.title, [seed], "", {key: arm for some in tries.values() for key, arm in some.items()}, [])
     if not grid.arms:
         return study
     execute(grid, folder, shared, workers, device)
-    losses = {name: runs[seed]["validation_loss"] for name, runs in results(grid, folder).items()}
+    losses = {name: runs[seed]["validation_loss"] for name, runs in results(grid, folder, shared).items()}
     arms = dict(study.arms)
     for name, some in tries.items():
-        if some:
-            arms[name] = dataclasses.replace(study.arms[name], lr=some[min(some, key=lambda key: losses[key])].lr)
+        finite = [key for key in some if math.isfinite(losses[key])]
+        if some and not finite:
+            raise StudyError(f"arm {name!r}: training diverged at every learning rate of its grid. Try smaller ones.")
+        if finite:
+            arms[name] = dataclasses.replace(study.arms[name], lr=some[min(finite, key=lambda key: losses[key])].lr)
     return dataclasses.replace(study, arms=arms)
 
 

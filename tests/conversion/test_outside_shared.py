@@ -1,12 +1,15 @@
 """Families from outside on the Hub, and their hyper-connections without the base."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.outside import BASES, OUTSIDE, forget_families, make_repository
 from support.remote import visit_without_kromhc
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kromhc_hf import (
     apply_hyper_connections,
@@ -17,6 +20,10 @@ from kromhc_hf import (
     register_family,
     save_hyper_connections,
 )
+from kromhc_hf.carried_row import row_to_carry, with_carried_row
+from kromhc_hf.modeling.families import ROWS
+from kromhc_hf.modeling.layer_spec import layer_kinds
+from kromhc_hf.modeling.outside_families import REGISTERED, OutsideFamily
 
 
 TOKENS = torch.tensor([[1, 5, 9, 3, 7, 2]])
@@ -59,16 +66,47 @@ def test_a_converted_model_is_pushed_and_loaded_by_whoever_trusts_it(hub, base, 
     assert seen["reloaded_equal"]
 
 
-def test_hyper_connections_alone_want_the_row_and_trust(base, tmp_path):
-    """Both refusals say what to do, and it helps."""
+def test_hyper_connections_alone_bring_their_row_and_want_trust(base, tmp_path):
     model = apply_hyper_connections(load(base), init="paper")
-    save_hyper_connections(model, tmp_path / "alone", base_model=str(base))
+    path = save_hyper_connections(model, tmp_path / "alone", base_model=str(base))
     expected = model(TOKENS).logits
     forget_families()
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         load_hyper_connections(tmp_path / "alone")
+    loaded = load_hyper_connections(tmp_path / "alone", trust_remote_code=True)
+    assert torch.equal(loaded(TOKENS).logits, expected)
+    assert REGISTERED["cinder"] == OutsideFamily("cinder", CINDER.row, CINDER.layer_class)
+
+    forget_families()
+    register_family("cinder", replace(CINDER.row, derived=True))
+    save_hyper_connections(apply_hyper_connections(load(base)), tmp_path / "derived", base_model=str(base))
+    forget_families()
+    assert "derived" in repr(load_hyper_connections(tmp_path / "derived", trust_remote_code=True))
+
+    # A file that was saved before it had the row.
+    forget_families()
+    description = json.loads(safe_open(path, "pt").metadata()["kromhc"])
+    del description["family"]
+    save_file(load_file(path), path, metadata={"kromhc": json.dumps(description)})
     with pytest.raises(ValueError, match="'cinder'. Say what its layers look like with register_family"):
         load_hyper_connections(tmp_path / "alone", trust_remote_code=True)
     register_family("cinder", CINDER.row)
     loaded = load_hyper_connections(tmp_path / "alone", trust_remote_code=True)
     assert torch.equal(loaded(TOKENS).logits, expected)
+
+
+def test_every_row_can_be_carried():
+    """All rows that there are, through JSON."""
+
+    class MineConfig(LlamaConfig):
+        model_type = "mine"
+
+    kinds = {kind for row in ROWS.values() for kind in layer_kinds(row)}
+    assert len(kinds) > 30
+    for kind in kinds:
+        register_family("mine", kind)
+        carried = json.loads(json.dumps(row_to_carry(MineConfig())))
+        forget_families()
+        with with_carried_row("mine", carried, "a file"):
+            assert REGISTERED["mine"].row == kind
+        forget_families()

@@ -1,5 +1,6 @@
 """What is checked of every family on every release, what came out, and the table of it."""
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ Results = Mapping[str, Mapping[str, Outcome]]  # by check, by variant
 def words(error: BaseException) -> str:
     """An error in one line."""
     first = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first[0]}"[:160]
+    return textwrap.shorten(f"{type(error).__name__}: {first[0]}", 160, placeholder="...")
 
 
 def compare(native: Callable[[], Any], ours: Callable[[], Any]) -> Outcome:

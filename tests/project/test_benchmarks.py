@@ -16,7 +16,7 @@ TINY_LLAMA = "--hidden-size 64 --layers 2 --vocabulary 50 --sequence 16"
         ("memory", f"{TINY_LLAMA} --blocks layer 2", ["no streams", "none", "layer (1)", "2 (2)"]),
         (
             "training_step",
-            f"{TINY_LLAMA} --variants kromhc --stream-layers all 1:2",
+            f"{TINY_LLAMA} --variants kromhc --stream-layers all 1:2 --trained",
             ["no streams", "kromhc", "kromhc, layers 1:2"],
         ),
         ("hyper_connection", "--hidden-size 32 --tokens 32 --streams 2 --no-compile", ["2"]),

@@ -29,7 +29,10 @@ BEGIN, END = "<!-- quantised:begin -->", "<!-- quantised:end -->"
 # How many seconds one scheme may take.
 LIMIT = 1200
 # What the page names of the packages that are installed.
-NAMED = ("transformers", "torch", "bitsandbytes", "torchao", "compressed-tensors", "gptqmodel", "auto-round", "aqlm")
+NAMED = (
+    *("transformers", "torch", "bitsandbytes", "torchao", "compressed-tensors", "gptqmodel", "auto-round", "aqlm"),
+    *("optimum-quanto", "hqq"),
+)
 # Of other files than those that are converted; their message is in conversion/other_weights.py.
 ELSEWHERE = {"gguf"}
 

@@ -76,6 +76,8 @@ def test_wider_model_has_as_many_parameters(study_file):
     base, streams, wide = (size(arm, DEMO_DATA) for arm in study.arms.values())
     # One more unit of the MLP is three vectors in each of two layers.
     assert abs(wide - streams) <= 3 * 16 * 2 / 2 < streams - base
+    with pytest.raises(StudyError, match="wider_as must name an arm from scratch that is not made wider itself"):
+        load_study(study_file(arms=arms | {"wider": {"wider_as": "wide"}}, defaults=FROM_SCRATCH), DEMO_DATA)
 
 
 def test_a_model_converted_in_the_middle_goes_on_where_it_was(tmp_path):
@@ -130,6 +132,36 @@ def test_each_arm_gets_the_best_of_its_learning_rates(study_file, command, fast_
     assert summary["arms"]["base"]["settings"]["lr"] == 0.25
 
 
+def test_a_learning_rate_that_diverges_is_never_the_best(study_file, command, fast_runs, monkeypatch):
+    run = study_training.run
+
+    def diverges(arm, *others):
+        return run(arm, *others) | ({"validation_loss": float("nan")} if arm.lr == 0.5 else {})
+
+    monkeypatch.setattr(study_training, "run", diverges)
+    assert command(study_file(arms={"base": {"lr_grid": [0.5, 0.25, 1.0]}}))[0] == 0
+    assert fast_runs[3:] == [(0.25, 0), (0.25, 1)]
+    code, _, err = command(study_file(arms={"base": {"lr_grid": [0.5]}}))
+    assert (code, fast_runs[5:]) == (2, [])
+    assert "training diverged at every learning rate" in err
+
+
+def test_muon_leaves_positions_to_adamw():
+    backbone = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    arm = from_scratch(backbone=backbone, optimizer="muon")
+    _, model = logits(arm, torch.randint(256, (1, 4)))
+    muon, adamw = make_optimizers(arm, model)
+    ends = {id(model.transformer.wpe.weight), id(model.transformer.wte.weight), id(model.lm_head.weight)}
+    assert {id(p) for p in adamw.param_groups[0]["params"]} == ends
+    assert all(p.dim() == 2 for p in muon.param_groups[0]["params"])
+
+
+def test_branch_scales_are_where_the_model_is():
+    arm = from_scratch(branch_scale=1.0, learned_branch_scale=True)
+    model = adapted_model(arm, plain_model(arm, DEMO_DATA).to("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
 def test_texts_without_a_tokenizer(tokenizer, tmp_path):
     text = "".join("aäb\n" if index % 3 else "aäbb" for index in range(100))
@@ -156,6 +188,8 @@ def test_texts_without_a_tokenizer(tokenizer, tmp_path):
         ({"wider_as": "base"}, "wider_as must have a backbone"),
         ({"convert_at": 0.5}, "convert_at must have a variant with init 'identity'"),
         ({"convert_at": 1.5}, "convert_at must be a share"),
+        ({"convert_at": 0.9, "variant": "kromhc"}, "must leave steps before and after .*; got 0.9 of 3 steps"),
+        ({"convert_at": 0.1, "variant": "kromhc"}, "must leave steps before and after .*; got 0.1 of 3 steps"),
         ({"lr_grid": []}, "lr_grid must be at least one"),
         ({"betas": [0.9]}, "betas must be two"),
         ({"held_out_share": 0.5, "validation_share": 0.5}, "must leave some of the text"),

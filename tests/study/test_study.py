@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from kromhc_hf.study import runs as study_runs
 from kromhc_hf.study import training as study_training
 from kromhc_hf.study.arm import Arm, StudyError
-from kromhc_hf.study.cost import at_equal_time, cost_settings, read_costs
+from kromhc_hf.study.cost import at_equal_time, cost_settings, measure_costs, read_costs
 from kromhc_hf.study.data import batches, load_corpus
 from kromhc_hf.study.models import write_unequally
 from kromhc_hf.study.optimizers import learning_rate
@@ -198,6 +198,11 @@ def test_compare_fails_where_a_published_number_is_shifted(study_file, command, 
         ({"arms": {"base": 3}}, "'base' must be a mapping from keys to values; got 3"),
         ({"arms": {}}, "arms must be a mapping from names to settings"),
         ({"reference": "plain"}, "must name arms of the study; got 'plain'. The arms are base"),
+        (
+            {"arms": {"base": {}, "a": {"equal_time": True}, "b": {"equal_time": True, "against": "a"}}},
+            "equal_time must be against an arm whose steps .* not cut themselves; got 'a'",
+        ),
+        ({"arms": {"base": {}, "lr 1": {}, "LR_1": {}}}, "names that differ as those of files; got 'lr 1' and 'LR_1'"),
         ({"seeds": 0}, "seeds must be a number from 1 to 31"),
         ({"colour": "red"}, "study must have known keys alone; got colour"),
     ],
@@ -224,6 +229,13 @@ def test_equal_time_shortens_the_schedule_by_the_measured_cost(study_file, tmp_p
     assert costs == {"base": 1.0, "streams": 1.5}
     shortened = at_equal_time(study, costs)
     assert (shortened.arms["base"].steps, shortened.arms["streams"].steps) == (300, 200)
+
+
+def test_arms_that_convert_in_the_middle_have_no_cost(study_file, tmp_path):
+    arms = {"base": {}, "late": {"variant": "kromhc", "convert_at": 0.5}}
+    study = load_study(study_file(arms=arms), DEMO_DATA)
+    measure_costs(study, tmp_path / "out", DEMO_DATA, 1)
+    assert read_costs(study, tmp_path / "out") == {"base": 1.0}
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
