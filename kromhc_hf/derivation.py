@@ -1,5 +1,6 @@
 """A row for a model type that nobody has described: read from the source of its layers, and kept if a check holds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .applying import apply_hyper_connections, remove_hyper_connections
 from .modeling.connection_plan import find_decoder, present_plan
 from .modeling.layer_fit import fit_layer
 from .modeling.layer_loop import layer_loops
-from .modeling.layer_spec import Row, attribute
+from .modeling.layer_spec import LayerSpec, Row, attribute
 from .modeling.outside_families import REGISTERED, checked_family
 from .own_families import register_family, unregister_family
 from .row_reading import read_row
@@ -66,15 +67,23 @@ def derived_row(model: Any) -> Row:
     """
     path, layers = _layers_of(model)
     specs = [read_row(layer, path) for layer in layers]
+    if _mistaken(model, layers, specs) is not None:
+        specs = [replace(spec, layer_class=type(layer).__name__) for layer, spec in zip(layers, specs)]
+    if (position := _mistaken(model, layers, specs)) is not None:
+        raise ValueError(
+            f"layer {position} ({type(layers[position]).__name__}) must fit the row that was read from it alone; it "
+            "fits that of another layer of its class too, which no row can tell from it."
+        )
+    kinds = tuple(dict.fromkeys(specs))
+    return kinds[0] if len(kinds) == 1 else kinds
+
+
+def _mistaken(model: Any, layers: nn.ModuleList, specs: list[LayerSpec]) -> int | None:
+    """The first layer that fits what was read from another one before what was read from it; None if there is none."""
     kinds = tuple(dict.fromkeys(specs))
     family = checked_family(model.config.model_type, kinds)
-    for position, (layer, spec) in enumerate(zip(layers, specs)):
-        if fit_layer(layer, kinds, position, family) != spec:
-            raise ValueError(
-                f"layer {position} ({type(layer).__name__}) must fit the row that was read from it alone; it fits that "
-                "of another kind too. Write a row with register_family."
-            )
-    return kinds[0] if len(kinds) == 1 else kinds
+    fitted = (fit_layer(layer, kinds, position, family) for position, layer in enumerate(layers))
+    return next((position for position, spec in enumerate(fitted) if spec != specs[position]), None)
 
 
 def _layers_of(model: Any) -> tuple[str, nn.ModuleList]:

@@ -34,8 +34,8 @@ def check_against_source(plan: ConnectionPlan) -> None:
             layer_class: Any = getattr(layer, "layer_class", type(layer))
             raise ValueError(
                 f"layer {position} ({layer_class.__name__}) must be what its row says, {describe(spec)}; the source of "
-                f"its forward says {describe(read)}. Change the row, or have it read from the source with "
-                "derive_family."
+                f"its forward says {describe(read)}. Change the row, which may say the layer_class of each of several "
+                "kinds, or have it read from the source with derive_family."
             )
 
 

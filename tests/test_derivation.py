@@ -27,6 +27,7 @@ from kromhc_hf.modeling.composite import replace_config
 from kromhc_hf.modeling.connection_plan import ConnectionPlan, find_decoder, plan_connections
 from kromhc_hf.modeling.installation import install
 from kromhc_hf.modeling.layer_fit import fit_layer
+from kromhc_hf.modeling.layer_spec import layer_kinds
 from kromhc_hf.modeling.modeling_kromhc import model_class
 from kromhc_hf.modeling.outside_families import REGISTERED
 from kromhc_hf.modeling.releases import has_family
@@ -94,7 +95,7 @@ def test_a_model_without_a_row_gets_one(name, row):
     assert type(model) is cls
     assert not has_hyper_connections(model)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
-    assert derived.derived
+    assert all(kind.derived for kind in layer_kinds(derived))
     apply_hyper_connections(model)
     assert "row derived from the source" in repr(model)
     forget_families()
@@ -180,6 +181,30 @@ def test_a_line_that_is_not_understood_is_named():
     with pytest.raises(ValueError, match=r"`hidden_states \* 0\.5` is no branch times an attribute"):
         derive_family(with_layers(GatedLayer))
     assert not REGISTERED
+
+
+class EitherLayer(AmberLayer):
+    """Of one class, and of two kinds with the same modules."""
+
+    side_by_side = False
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None):
+        if self.side_by_side:
+            attended = self.attention(self.first_norm(hidden_states), attention_mask, past_key_values)
+            return hidden_states + (attended + self.feed_forward(self.second_norm(hidden_states)))
+        hidden_states = hidden_states + self.attention(self.first_norm(hidden_states), attention_mask, past_key_values)
+        return hidden_states + self.feed_forward(self.second_norm(hidden_states))
+
+
+def test_layers_of_one_class_that_no_row_tells_apart_are_refused():
+    model = with_layers(EitherLayer)
+    model.model.layers[1].side_by_side = True
+    with pytest.raises(ValueError, match=r"layer 1 \(EitherLayer\) .* another layer of its class too"):
+        derive_family(model)
+    assert not REGISTERED
+    register_family("amber", OUTSIDE["amber"].row)
+    with pytest.raises(ValueError, match=r"layer 1 \(EitherLayer\) must be what its row says"):
+        apply_hyper_connections(model)
 
 
 def test_layers_that_run_several_times_are_refused():

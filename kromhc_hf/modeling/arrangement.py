@@ -27,7 +27,7 @@ def arrange(layers: Any, config: Any) -> None:
     if _is_arranged(layers, config):
         return
     found = [connected_layer(layer) for layer in layers]
-    _check_one_stage(layers, found)
+    check_one_stage(layers)
     check_arrangement(found, config)
     first, last = stretch(found)
     for position, layer in enumerate(found):
@@ -63,10 +63,15 @@ def connected_layer(layer: Any) -> HyperConnectedLayer | None:
     return next((part for part in layer.modules() if isinstance(part, HyperConnectedLayer)), None)
 
 
-def _check_one_stage(layers: Any, found: Layers) -> None:
+def check_one_stage(layers: Any) -> None:
+    """Refuses a list with empty layers.
+
+    Raises:
+        ValueError: with what to use instead.
+    """
     for position, layer in enumerate(layers):
         # Such as vLLM puts where the layers of other pipeline stages were.
-        if found[position] is None and next(layer.parameters(), None) is None:
+        if connected_layer(layer) is None and next(layer.parameters(), None) is None:
             raise ValueError(
                 "all decoder layers of a model with hyper-connections must be in one pipeline stage, since stages pass "
                 f"on [B, S, C] and streams are [B, S, n, C]; layer {position} is an empty {type(layer).__name__}. Use "

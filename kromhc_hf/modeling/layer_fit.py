@@ -146,6 +146,8 @@ def check_own_forward(layer: nn.Module, position: int) -> None:
 
 def _misfit(layer: nn.Module, spec: LayerSpec) -> str | None:
     """What keeps a layer from being what the specification says, None if nothing does."""
+    if spec.layer_class not in (None, type(layer).__name__):
+        return f"must be a {spec.layer_class}"
     for name in spec.names:
         if hasattr(layer, name):
             return f"must not have an attribute {name!r} yet; got {getattr(layer, name)!r}"

@@ -92,6 +92,7 @@ class LayerSpec:
         wide: attribute that tells whether the residual is kept in fp32.
         exact: False where the family adds parallel branches to the residual in another order, so that a converted
             model is equal up to the rounding of that sum; all others are bitwise equal.
+        layer_class: the name of the class of such layers, where those of another class have modules by the same names.
         derived: whether it was read from the source of the layer, and not written by somebody.
     """
 
@@ -100,6 +101,7 @@ class LayerSpec:
     gain: str | None = None
     wide: str | None = None
     exact: bool = True
+    layer_class: str | None = None
     derived: bool = False
 
     def __post_init__(self) -> None:

@@ -55,11 +55,12 @@ from .host import (
 
 
 # isort: split
-from .arrangement import check_complete
+from .arrangement import check_complete, check_one_stage
 from .configuration_kromhc import KromHCConfig, config_class, config_class_named, outside_config_class
 from .connection_plan import check_layers, find_decoder
 from .installation import connect_owners, install
 from .layer_loop import methods_for_streams
+from .layer_spec import attribute
 from .model_forward import with_readout
 from .model_types import known_model_types
 from .outside_families import BOUND, OutsideFamily, bind
@@ -89,7 +90,6 @@ if TYPE_CHECKING:
     from .layer_fit import check_model_type  # noqa: F401
     from .layer_returns import Beside  # noqa: F401
     from .layer_source import own_path  # noqa: F401
-    from .layer_spec import Sublayer  # noqa: F401
     from .mixing import PAPER_RESIDUAL_LOGIT  # noqa: F401
     from .model_card import MARK  # noqa: F401
     from .option_table import INITS  # noqa: F401
@@ -149,7 +149,14 @@ class HyperConnectedModel(Shareable):
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Any:
-        """Training mode, see `torch.nn.Module.train`; warns, once, where init "identity" meets random weights."""
+        """Training mode, see `torch.nn.Module.train`; warns, once, where init "identity" meets random weights.
+
+        Raises:
+            ValueError: if decoder layers are empty, as those of other pipeline stages are. Servers call `eval` when
+                they have loaded a model; at its first forward the other stages would already wait for this one.
+        """
+        if self.hc_layers_path is not None:
+            check_one_stage(attribute(self, self.hc_layers_path))
         if mode and self.hc_weights_are_random:
             self.hc_weights_are_random = False
             options = self.config.stream_options()  # type: ignore[attr-defined]

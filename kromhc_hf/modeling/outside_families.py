@@ -86,8 +86,10 @@ def backbone_config_class(config: Any) -> Any:
 
 def outside_family(config: Any, model_type: str) -> OutsideFamily | None:
     """The family from outside that a configuration is of, None if it is none."""
-    bound = BOUND.get(backbone_config_class(config))
-    return bound.family if bound is not None else REGISTERED.get(model_type)
+    own = BOUND.get(backbone_config_class(config))
+    # A saved model and its base have copies of the same classes, and the row comes with the saved one.
+    known = [own] if own is not None else [] if model_type in REGISTERED else bound_to(model_type)
+    return known[0].family if known else REGISTERED.get(model_type)
 
 
 def has_derived_row(config: Any) -> bool:

@@ -66,7 +66,7 @@ def command(*words: object, folder: Path, variables: Mapping[str, str] | None = 
     """What a command prints on both streams, run in a folder.
 
     Raises:
-        RuntimeError: if it fails, with the end of what it printed.
+        RuntimeError: if it fails, with what it printed.
     """
     environment = {**os.environ, **(variables or {})}
     done = subprocess.run(
@@ -79,7 +79,7 @@ def command(*words: object, folder: Path, variables: Mapping[str, str] | None = 
         text=True,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{words[0]} exits with {done.returncode}: {done.stdout[-3000:]}")
+        raise RuntimeError(f"{words[0]} exits with {done.returncode}: {done.stdout}")
     return done.stdout
 
 

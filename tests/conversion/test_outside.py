@@ -88,6 +88,7 @@ def test_a_converted_repository_computes_the_same_and_is_trained_and_undone(name
     # The folder brings its row along.
     unregister_family(name)
     assert verify_conversion(base, converted, trust_remote_code=True).lossless
+    assert verify_conversion(base, converted, layers="all", trust_remote_code=True).lossless
 
     model = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True)
     assert has_hyper_connections(model)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from kromhc_hf.modeling.outside_families import BOUND, REGISTERED
-from kromhc_hf.rows import LayerSpec, Sublayer, block, sequential
+from kromhc_hf.rows import LayerSpec, Row, Sublayer, block, recurrent, sequential
 
 
 BASES = Path(__file__).with_name("bases")
@@ -19,14 +19,20 @@ BASALT: LayerSpec = block(
     Sublayer("attn", "ln", scale="attn_scale"), Sublayer("fc", "ln", scale="fc_scale"), layers="blocks"
 )
 
+# Of layers of three classes, two of which have modules of the same names.
+DUNE = (
+    sequential(Sublayer("attn", "norm_1"), Sublayer("mlp", "norm_2"), layer_class="DuneAttentionLayer"),
+    block(Sublayer("attn", "norm_1"), Sublayer("mlp", "norm_2"), layer_class="DuneParallelLayer"),
+    block(recurrent("mixer", "norm")),
+)
 CINDER = sequential(Sublayer("attn", "attn_norm"), Sublayer("mlp", "mlp_norm"))
 
 
 class Base(NamedTuple):
     """A base by the name of its folder in `bases`."""
 
-    row: LayerSpec
-    layer_class: str
+    row: Row
+    layer_class: str | None
     model_class: str
     auto_map: dict[str, str]
 
@@ -61,6 +67,16 @@ OUTSIDE = {
             "AutoConfig": "configuration_cinder.CinderConfig",
             "AutoModel": "modeling_cinder.CinderModel",
             "AutoModelForCausalLM": "modeling_cinder.CinderForCausalLM",
+        },
+    ),
+    "dune": Base(
+        DUNE,
+        None,
+        "DuneForCausalLM",
+        {
+            "AutoConfig": "configuration_dune.DuneConfig",
+            "AutoModel": "modeling_dune.DuneModel",
+            "AutoModelForCausalLM": "modeling_dune.DuneForCausalLM",
         },
     ),
 }
