@@ -4,7 +4,6 @@ What it has is named in `__init__.pyi` and imported when somebody asks for it. I
 registered with the Auto classes, PEFT and Liger where these are imported: neither they nor torch are imported for that.
 """
 
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,7 +11,7 @@ import lazy_loader
 
 from .liger_kernels import register_with_liger
 from .modeling.releases import warn_if_untested
-from .peft.registration import register_with_peft
+from .peft_registration import register_with_peft
 from .registration import register
 
 
@@ -26,7 +25,6 @@ def __getattr__(name: str) -> Any:
     if name in _NEEDS_PEFT:
         if find_spec("peft") is None:
             raise ImportError(f"{name} needs the package peft, which is not installed: pip install 'kromhc-hf[peft]'.")
-        import_module("peft")  # which registers the method, and imports our module for it
     return _exported(name)
 
 

@@ -12,7 +12,7 @@ def serve(arguments: Sequence[str]) -> None:
         arguments: those of `transformers serve`, such as the model and `--port`.
 
     Raises:
-        ValueError: if packages that the server needs are missing, naming them.
+        ValueError: if packages that the server needs are missing, naming them, or an argument is wrong.
     """
     try:
         from transformers.cli.transformers import app
@@ -24,3 +24,8 @@ def serve(arguments: Sequence[str]) -> None:
             "serving needs fastapi, uvicorn, pydantic and openai, of which some are missing. "
             f"Use pip install 'transformers[serving]'. ({error})"
         ) from error
+    except Exception as error:
+        # Of click, which typer knows only where it has none inside.
+        if not hasattr(error, "format_message"):
+            raise
+        raise ValueError(f"transformers serve: {error.format_message()}") from error

@@ -27,11 +27,15 @@ def hyper_connection_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
     parameters = [parameter for connection in connections for parameter in connection.parameters()]
     if not parameters:
-        raise ValueError(
-            f"model must have hyper-connections with parameters; got {type(model).__name__} with {len(connections)} "
-            "hyper-connections and no parameter in them. Call apply_hyper_connections(model, num_streams=4) first."
-        )
+        raise _without_parameters(model, len(connections))
     return parameters
+
+
+def _without_parameters(model: nn.Module, number: int) -> ValueError:
+    return ValueError(
+        f"model must have hyper-connections with parameters; got {type(model).__name__} with {number} "
+        "hyper-connections and no parameter in them. Call apply_hyper_connections(model, num_streams=4) first."
+    )
 
 
 def optimizer_param_groups(
@@ -144,12 +148,14 @@ def hyper_connection_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: if the model has no hyper-connections.
     """
-    hyper_connection_parameters(model)
     model = unwrapped(model)
+    connections = {path: module for path, module in model.named_modules() if isinstance(module, StreamModule)}
+    if not connections:
+        raise _without_parameters(model, 0)
+    # Those of the plain model, with one stream, have none.
     return {
         f"{path}.{name}": gathered(parameter)
-        for path, module in model.named_modules()
-        if isinstance(module, StreamModule)
+        for path, module in connections.items()
         for name, parameter in module.named_parameters()
     }
 
@@ -182,7 +188,8 @@ def load_hyper_connection_state_dict(model: nn.Module, tensors: Mapping[str, Ten
         ValueError: naming the first tensor that is missing, unknown or of another shape, or if the model is sharded;
             nothing is changed then.
     """
-    if any(map(sharded, hyper_connection_parameters(model))):
+    connections = (module for module in model.modules() if isinstance(module, StreamModule))
+    if any(sharded(parameter) for module in connections for parameter in module.parameters()):
         raise ValueError(
             f"{type(model).__name__} must not be sharded yet; got parameters that are spread over ranks. Load the "
             "hyper-connections first, then shard the model."

@@ -307,3 +307,18 @@ def test_serve_hands_its_arguments_to_the_server_of_transformers(kromhc, base, m
     assert (code, out) == (2, "")
     assert "a line of the server's log" in err
     assert "pip install 'transformers[serving]'" in err
+
+
+def test_serve_says_what_is_wrong_with_an_argument(kromhc, base, monkeypatch):
+    class BadParameter(Exception):
+        exit_code = 2
+
+        def format_message(self):
+            return "'abc' is not a valid integer."
+
+    def server(arguments, standalone_mode):
+        raise BadParameter
+
+    monkeypatch.setattr("transformers.cli.transformers.app", server)
+    code, out, err = kromhc("serve", base, "--port", "abc")
+    assert (code, out, err.strip()) == (2, "", "error: transformers serve: 'abc' is not a valid integer.")

@@ -106,6 +106,8 @@ def convert_checkpoint(
         derive_family(load_for_reading(base.folder, trust_remote_code, weight_variant))
     opened: dict[str, Any] = {"weight_variant": weight_variant, "trust_remote_code": trust_remote_code}
     stored, destination = StoredModel.open(base.folder, **opened), Path(destination)
+    # By the names that options have here, before the configuration says it by its own.
+    chosen = chosen.in_model(stored.config.get_text_config().num_hidden_layers)
     config: Any = KromHCConfig(backbone_config=stored.config, **chosen.as_fields())
     model = replace(stored, config=config, own_code=False).skeleton()
     check_against_source(present_plan(find_decoder(model)))

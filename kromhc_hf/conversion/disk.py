@@ -54,8 +54,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
         folder.mkdir()
         lock = _lock(folder)
     except OSError as error:
-        if isinstance(error, FileExistsError):
-            raise
+        if error.errno is None:
+            raise  # with words of our own
         raise OSError(
             error.errno,
             f"destination must be in a folder that can be written to; making {destination} failed "

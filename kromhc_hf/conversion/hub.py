@@ -38,7 +38,7 @@ def push_checkpoint(
     upload that the folder does not have are deleted in the same commit: a loader might take them for the new ones.
 
     Args:
-        folder: what `convert_checkpoint` or `save_pretrained` wrote.
+        folder: what `convert_checkpoint` or `save_pretrained` wrote; hidden folders in it, such as `.git`, stay here.
         repo_id: "USER/NAME".
         private: whether a new repository is private.
         revision: branch to commit to; made if it does not exist.
@@ -57,8 +57,10 @@ def push_checkpoint(
             f"folder must hold a checkpoint with hyper-connections; {folder} has model_type "
             f"{content.get('model_type')!r}. Convert it first: kromhc convert {folder} DESTINATION."
         )
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files: dict[str, str | bytes] = {path.relative_to(folder).as_posix(): str(path) for path in paths}
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    # Git and downloads keep their own in hidden folders, which the Hub takes from nobody.
+    sent = [name for name in names if not any(part.startswith(".") for part in name.parts[:-1])]
+    files: dict[str, str | bytes] = {name.as_posix(): str(folder / name) for name in sent}
     if may_write_card(folder):
         files[CARD] = _card(content, folder, repo_id).encode()
     operations = [CommitOperationAdd(name, file) for name, file in files.items()]

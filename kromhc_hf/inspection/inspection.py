@@ -28,6 +28,8 @@ COMPARED_VARIANTS = ("kromhc", "identity", "mhc", "mhc_lite", "tbp", "hc")
 COMPARED_LOGIT_STD = 4.0
 COMPARED_ENTRY_STD = 0.1  # of an unconstrained matrix, whose logits are its entries
 COMPARED_DRAWS = 64
+# What is said of the weights of a converted model with gates.
+GATED = "H_pre is the read weights alone; the gates of every channel add their part to what is read"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Inspection:
         added_parameters: number of hyper-connection parameters, which a model with streams from birth has from birth.
         tokens: the text, `S` tokens as strings.
         records: mappings and streams by branch, `[1, S, ...]`.
-        said: what a reader must know about the weights; of a model with streams from birth, else empty.
+        said: what a reader must know about the weights; empty where they are what they are called.
+        from_birth: whether the family has several streams of its own.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Inspection:
     tokens: tuple[str, ...]
     records: Mapping[str, BranchRecord]
     said: str = ""
+    from_birth: bool = False
 
     @cached_property
     def statistics(self) -> dict[str, float]:
@@ -257,9 +261,17 @@ def _facts(config: Any) -> dict[str, Any]:
     """What a configuration says about streams, converted or from birth."""
     native = native_streams(config)
     if native is None:
-        return {"variant": config.hc_variant, "num_streams": config.hc_num_streams, "dynamic": config.hc_dynamic}
+        said = GATED if getattr(config, "hc_read", "weights") == "gated" else ""
+        facts = {"variant": config.hc_variant, "num_streams": config.hc_num_streams, "dynamic": config.hc_dynamic}
+        return {**facts, "said": said}
     num_streams = getattr(config.get_text_config(), native.num_streams)
-    return {"variant": native.variant, "num_streams": num_streams, "dynamic": True, "said": native.said}
+    return {
+        "variant": native.variant,
+        "num_streams": num_streams,
+        "dynamic": True,
+        "said": native.said,
+        "from_birth": True,
+    }
 
 
 def _check_num_streams(num_streams: int, name: str) -> None:

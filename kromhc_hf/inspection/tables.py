@@ -44,7 +44,7 @@ def total_rows(inspection: Inspection) -> list[tuple[str, str]]:
         ("hyper-connections", f"{inspection.variant}, {n} streams, {len(inspection.records)} branches, {dynamic}"),
         *([("as shown here", inspection.said)] if inspection.said else []),
         ("kernel", inspection.kernel),
-        (f"{'own' if inspection.said else 'added'} parameters", f"{inspection.added_parameters:,}"),
+        (f"{'own' if inspection.from_birth else 'added'} parameters", f"{inspection.added_parameters:,}"),
         ("tokens", f"{len(inspection.tokens):,}"),
         *((row.label, row.total.format(value=format(inspection.total[row.name], row.format), n=n)) for row in lines),
     ]

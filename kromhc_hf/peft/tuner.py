@@ -1,6 +1,6 @@
 """Hyper-connections as a PEFT method: a plain base model, and an adapter that holds their tensors and nothing else.
 
-Imported when peft is (see registration.py), and makes itself known to it then.
+Imported when peft is (see peft_registration.py), and makes itself known to it then.
 """
 
 import functools

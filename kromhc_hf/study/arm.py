@@ -200,8 +200,12 @@ def _check(arm: Arm) -> None:
 
 def _check_numbers(arm: Arm) -> None:
     for key in ("length", "batch", "steps", "eval_every", "held_out_windows", "lr", "lr_ratio", "held_out_share"):
-        if getattr(arm, key) <= 0:
+        if not 0 < getattr(arm, key) < float("inf"):
             raise ValueError(f"{key} must be positive; got {getattr(arm, key)}. The default is {getattr(Arm(), key)}.")
+    if arm.hyper_connection_lr is not None and not 0 < arm.hyper_connection_lr < float("inf"):
+        raise ValueError(f"hyper_connection_lr must be positive; got {arm.hyper_connection_lr}. Use for example 1e-2.")
+    if not 0 <= arm.weight_decay < float("inf"):
+        raise ValueError(f"weight_decay must not be negative; got {arm.weight_decay}. The default is 0.")
     for key in ("validation_share", "warmup", "final_lr", "convert_at"):
         if not 0 <= getattr(arm, key) < 1:
             raise ValueError(f"{key} must be a share from 0 to less than 1; got {getattr(arm, key)}.")

@@ -53,6 +53,16 @@ def test_real_checkpoints(shared, tmp_path, name, num_streams):
         assert report.base_tensors == len(list(file.keys()))
 
 
+def test_the_plain_model_with_one_stream_is_converted_too(tmp_path):
+    model = make_model(configurations("llama")[0])
+    model.save_pretrained(tmp_path / "base")
+    report = convert_checkpoint(tmp_path / "base", tmp_path / "out", num_streams=1, verify=True)
+    assert (report.bitwise_equal, report.added_parameters) == (True, 0)
+    assert verify_conversion(tmp_path / "base", tmp_path / "out", layers="all").bitwise_equal
+    with pytest.raises(ValueError, match="must have hyper-connections with parameters"):
+        hyper_connection_state_dict(model)
+
+
 def test_tokenizer_comes_along(shared, tmp_path):
     convert_checkpoint(shared / "models/stories15M", tmp_path / "out")
     text = "Once upon a time, in a house by the sea"

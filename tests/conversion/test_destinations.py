@@ -35,6 +35,8 @@ def test_destinations_that_are_no_folder(base, tmp_path):
     for name, what in (("file", "is a file"), ("to-file", "is a file"), ("dangling", "is a link to .*nowhere, which")):
         with pytest.raises(FileExistsError, match=f"must not exist or be an empty folder; .*{name} {what}"):
             convert_checkpoint(base, tmp_path / name)
+    with pytest.raises(OSError, match="destination must be in a folder that can be written to; .*file/out failed"):
+        convert_checkpoint(base, tmp_path / "file/out")
     assert only(tmp_path, "base", "file", "to-file", "dangling")
 
 

@@ -35,6 +35,16 @@ def test_push_and_pull_into_an_empty_cache(hub, converted):
     assert torch.equal(model(tokens).logits, AutoModelForCausalLM.from_pretrained(converted)(tokens).logits)
 
 
+def test_what_git_and_downloads_keep_beside_a_model_stays_here(hub, converted):
+    hidden = {".git/HEAD", ".cache/huggingface/download/config.json.metadata", "tokens/.cache/x"}
+    for name in (*hidden, ".gitattributes"):
+        (converted / name).parent.mkdir(parents=True, exist_ok=True)
+        (converted / name).write_text("x")
+    push_checkpoint(converted, "ada/model")
+    present = {path.relative_to(converted).as_posix() for path in converted.rglob("*") if path.is_file()}
+    assert present - hub.files("ada/model").keys() == hidden
+
+
 @pytest.mark.parametrize("other", ["base", "earlier-layout", "trained"])
 def test_a_push_replaces_the_weights_that_are_there(hub, base, tmp_path, other):
     """Weights of before under a name that the new ones do not use would be loaded in their place."""

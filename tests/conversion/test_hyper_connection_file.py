@@ -57,6 +57,8 @@ def test_hyper_connections_alone_in_a_folder(licensed_base, tmp_path):
     tokens = token_ids(model.config)
     for source in (path, tmp_path / "alone"):
         assert torch.equal(load_hyper_connections(source)(tokens).logits, model(tokens).logits)
+    plain = apply_hyper_connections(AutoModelForCausalLM.from_pretrained(licensed_base), num_streams=1)
+    assert load_hyper_connections(save_hyper_connections(plain, tmp_path / "one")).config.hc_num_streams == 1
     half = load_hyper_connections(path, dtype=torch.bfloat16)
     assert half.model.layers[0].attn_hc.bias.dtype == torch.float32
     assert str(licensed_base) not in (tmp_path / "alone/README.md").read_text()

@@ -6,6 +6,8 @@ import pytest
 from support.tiny import configurations, make_model
 from transformers import AutoConfig
 
+from kromhc_hf import convert_checkpoint
+
 
 @pytest.fixture
 def base(tmp_path):
@@ -32,3 +34,9 @@ def test_streams_in_some_layers(kromhc, base, tmp_path):
         code, out, _ = kromhc("inspect", folder, "--json")
         names = {name.split(".")[1] for name in json.loads(out)["model"]["branches"]}
         assert names == {str(position) for position in range(*kept)}
+
+
+@pytest.mark.parametrize("options", [{"layers": (9, 12)}, {"layers": (0, 2), "readout": "norm_sum", "init": "paper"}])
+def test_a_refusal_names_the_option_as_it_was_given(base, tmp_path, options):
+    with pytest.raises(ValueError, match=r"(?!.*hc_).* layers=\(\d, (\d|None)\)"):
+        convert_checkpoint(base, tmp_path / "out", **options)

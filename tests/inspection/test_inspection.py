@@ -17,6 +17,7 @@ from kromhc_hf.inspection.inspection import (
     token_variation,
 )
 from kromhc_hf.inspection.statistics import stream_statistics
+from kromhc_hf.inspection.tables import total_rows
 
 
 def equal_records(a, b) -> bool:
@@ -191,6 +192,13 @@ def test_inspecting_a_model_gives_what_was_recorded(model):
     assert inspection.added_parameters == added
     with pytest.raises(ValueError, match=r"one sequence, \[1, S\]; got \(2, 12\)"):
         inspect_model(model, token_ids(model.config))
+
+
+def test_gates_are_not_in_the_read_weights_and_it_says_so():
+    model = apply_hyper_connections(make_model(configurations("llama")[0]), num_streams=2, read="gated")
+    rows = dict(total_rows(inspect_model(model, token_ids(model.config, batch=1))))
+    assert "the gates of every channel" in rows["as shown here"]
+    assert "added parameters" in rows
 
 
 def test_checkpoints_are_called_by_their_names(tmp_path, monkeypatch):

@@ -36,14 +36,15 @@ from kromhc_hf.modeling.variants import VARIANTS
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_adapter_computes_what_the_full_model_does(model_type):
-    model = get_peft_model(base_model(model_type), adapter_config(num_streams=2, residual_logit=2.0))
+@pytest.mark.parametrize("num_streams", [1, 2])
+def test_the_adapter_computes_what_the_full_model_does(model_type, num_streams):
+    model = get_peft_model(base_model(model_type), adapter_config(num_streams=num_streams, residual_logit=2.0))
     perturb(model)
     ids = token_ids(model.config)
     logits = model(ids).logits
     full = adapter_to_model(model)
     assert isinstance(full, KromHCForCausalLM)
-    assert (full.config.hc_num_streams, full.config.hc_residual_logit) == (2, 2.0)
+    assert (full.config.hc_num_streams, full.config.hc_residual_logit) == (num_streams, 2.0)
     assert torch.equal(full(ids).logits, logits)
 
 

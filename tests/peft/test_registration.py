@@ -33,6 +33,15 @@ def test_the_method_is_known_whichever_package_comes_first(first):
     assert result.stdout.splitlines()[-1] == "True"
 
 
+@pytest.mark.parametrize("module", ["config", "layer", "tuner"])
+def test_every_module_may_be_the_first_that_is_imported(module):
+    """As where a configuration is unpickled in another process, which imports its module and nothing in front of it."""
+    known = "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING; print(*PEFT_TYPE_TO_TUNER_MAPPING)"
+    result = run_python(f"import kromhc_hf.peft.{module}; {known}")
+    assert result.returncode == 0, result.stderr
+    assert "PeftType.KROMHC" in result.stdout.split()
+
+
 def test_a_fresh_process_loads_all_three_kinds_of_files(tmp_path):
     """LoRA with modules_to_save, hyper-connections as an adapter, and these stacked on LoRA."""
     base_model().save_pretrained(tmp_path / "base")

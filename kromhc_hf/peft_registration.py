@@ -2,8 +2,8 @@
 
 import importlib
 
-from ..after_import import after_import
-from ..modeling.model_types import PREFIX, known_model_types
+from .after_import import after_import
+from .modeling.model_types import PREFIX, known_model_types
 
 
 def register_with_peft() -> None:
@@ -13,7 +13,7 @@ def register_with_peft() -> None:
 
 def _register() -> None:
     # Adapter files name their method, so it must be known before the first of them is read.
-    importlib.import_module(".tuner", __package__).register_method()
+    importlib.import_module(".peft.tuner", __package__).register_method()
     mirror_default_targets()
 
 
