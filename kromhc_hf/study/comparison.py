@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..conversion.base import refuse_adapter
 from ..conversion.files import resolve_source
 from ..inspection.plots import require_matplotlib
 from .arm import Arm, StudyError, make_arm
@@ -39,6 +40,7 @@ def comparison(model: str, text: Path, variants: Sequence[str], seeds: int, sett
 
     Raises:
         StudyError: for a setting that is not allowed.
+        ValueError: if the checkpoint is an adapter.
         FileNotFoundError: if there is no such checkpoint or text.
     """
     if not 1 <= seeds <= MOST_SEEDS:
@@ -46,6 +48,7 @@ def comparison(model: str, text: Path, variants: Sequence[str], seeds: int, sett
     if not all(variants):
         raise StudyError(f"variants must be names with commas between; got {', '.join(variants)!r}.")
     folder = resolve_source(model)
+    refuse_adapter(folder)
     if not text.is_file():
         raise FileNotFoundError(f"TEXT must be a text file; got {text}.")
     shared = {"model": str(folder.resolve()), "text": str(text.resolve()), **settings}

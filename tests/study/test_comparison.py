@@ -97,6 +97,12 @@ def test_wrong_comparisons_are_refused(changes, message, compared):
         compared(**changes)
 
 
+def test_adapters_are_refused(own, compared):
+    (own / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="adapter"):
+        compared()
+
+
 def test_windows_longer_than_the_context_are_refused_before_training(own, compared):
     with pytest.raises(StudyError, match="length must be at most 256, the context of the model; got 257"):
         prepare(compared(length=257), own / "out", "cpu")
