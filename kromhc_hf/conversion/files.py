@@ -166,7 +166,7 @@ def find_weights(folder: Path, config: dict[str, Any], weight_variant: str | Non
     single, index, single_pickled, index_pickled = (with_weight_variant(name, weight_variant) for name in WEIGHT_FILES)
     searched = (single, index, single_pickled, index_pickled)
     name = named or next((name for name in searched if (folder / name).is_file()), index)
-    if Path(name).name != name:
+    if not isinstance(name, str) or Path(name).name != name:
         raise ValueError(
             f"transformers_weights must name a file inside the checkpoint; got {name!r}. Correct config.json."
         )
@@ -195,8 +195,10 @@ def read_index(path: Path) -> dict[str, str]:
         ValueError: if there is no weight map.
     """
     indexed = read_json(path).get("weight_map")
-    if not isinstance(indexed, dict) or not indexed:
-        raise ValueError(f"{path} must have a non-empty weight_map; got {indexed!r}. Fetch the file again.")
+    if not isinstance(indexed, dict) or not indexed or not all(isinstance(file, str) for file in indexed.values()):
+        raise ValueError(
+            f"{path} must have a weight_map with a file name for each tensor; got {indexed!r:.200}. Fetch it again."
+        )
     for shard in sorted(set(indexed.values())):
         if Path(shard).name != shard or not (path.parent / shard).is_file():
             raise FileNotFoundError(

@@ -11,6 +11,7 @@ from support.tiny import configurations, make_model
 from transformers import AutoConfig
 
 from kromhc_hf import convert_checkpoint
+from kromhc_hf.conversion.files import find_weights
 
 
 def truncate(path: Path) -> None:
@@ -150,3 +151,12 @@ def test_the_card_of_a_local_base_names_no_path(base, tmp_path):
     assert "base_model:" not in card
     assert "## Verification" not in card
     assert AutoConfig.from_pretrained(tmp_path / "out").hc_conversion == {}
+
+
+@pytest.mark.parametrize("weight_map", [{"a": 5}, {"a": None}, {}, ["a"]], ids=str)
+def test_an_index_that_names_no_files_is_refused(tmp_path, weight_map):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="must have a weight_map with a file name for each tensor"):
+        find_weights(tmp_path, {})
+    with pytest.raises(ValueError, match="transformers_weights must name a file inside the checkpoint; got 5"):
+        find_weights(tmp_path, {"transformers_weights": 5})
