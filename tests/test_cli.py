@@ -49,7 +49,7 @@ def test_compare_trains_every_arm_and_goes_on_where_it_was(kromhc, tmp_path):
         code, out, err = kromhc("compare", *given, f"--{wrong}", "many")
         assert (code, out) == (2, "")
         assert message in err
-    code, _, err = kromhc("compare", *given, "--held-out-windows", 10**6)
+    code, _, err = kromhc("compare", *given, "--output", tmp_path / "other", "--held-out-windows", 10**6)
     assert code == 2
     assert "Use a smaller held_out_windows or length" in err
 

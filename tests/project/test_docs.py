@@ -94,8 +94,12 @@ def test_tables_of_the_evidence_are_those_of_the_summaries():
 
 def test_what_the_evidence_says_about_pairs_of_arms():
     page = (DOCS / "evidence.md").read_text(encoding="utf-8")
-    summaries = (json.loads((DOCS / "evidence" / f"{name}.json").read_text()) for name in ("retrofit", "scratch", "shakespeare"))
-    retrofit, scratch, shakespeare = ({name: arm["losses"] for name, arm in summary["arms"].items()} for summary in summaries)
+    summaries = (
+        json.loads((DOCS / "evidence" / f"{name}.json").read_text()) for name in ("retrofit", "scratch", "shakespeare")
+    )
+    retrofit, scratch, shakespeare = (
+        {name: arm["losses"] for name, arm in summary["arms"].items()} for summary in summaries
+    )
     four_streams = ["identity", "mhc", "mhc_lite", *(f"kromhc{tail}" for tail in ("", " logit 2", " logit 8"))]
     four_streams += [name for name in retrofit if "unequal writes" in name or "readout" in name or "embedding" in name]
     from_scratch = ["branch scale .769", "hc", "mhc", "kromhc", "identity", "one_sided"]

@@ -51,3 +51,15 @@ def learns_and_survives_saving(model, folder: Path) -> None:
     model.save_pretrained(folder)
     loaded = KromHCForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def assert_as_right(model, ids: torch.Tensor, logits: torch.Tensor) -> None:
+    """The model computes what these logits in fp32 were once rounded from.
+
+    Both are roundings of the logits in fp64, by as many operations but not the same ones, so neither is much nearer.
+    Leaves the model in fp64.
+    """
+    found = model.eval()(ids).logits
+    exact = model.double()(ids).logits
+    assert (found - exact).abs().max() <= 2 * (logits - exact).abs().max() < 1e-6
