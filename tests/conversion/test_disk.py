@@ -136,9 +136,8 @@ def test_killed_at_fifty_moments(tmp_path):
     assert result.returncode == 0, result.stderr
     counts = json.loads(result.stdout.splitlines()[-1])
     assert counts["complete"] + counts["absent"] == 50
-    # How many kills come in time depends on how busy the machine is; what they may leave behind does not.
-    assert counts["absent"] >= 3
-    assert counts["leftovers"] >= 1
+    assert counts["absent"] >= 10
+    assert counts["leftovers"] >= 5
     assert counts["names"] == ["measured", "out-0", "out-1", "out-2", "whole"]
 
 
