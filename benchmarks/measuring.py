@@ -20,6 +20,7 @@ from support import reference
 
 eager_kromhc = reference.eager_kromhc
 ratio = timing.ratio
+TRAINED = "give the hyper-connections random weights: at their init all streams are equal, which costs less"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,9 +35,6 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--plot", type=Path, help="where to write the picture")
     return parser
-
-
-TRAINED = "give the hyper-connections random weights: at their init all streams are equal, which costs less"
 
 
 def in_turn(candidates: Mapping[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, list[float]]:
@@ -62,12 +60,11 @@ def saved_bytes(run: Callable[[], Any], besides: Sequence[torch.Tensor]) -> int:
     return sum(saved.values())
 
 
-def as_trained(model: Any) -> Any:
-    """The model with weights that tell the streams apart; at the init they are equal, and equal ones cost less."""
+def as_trained(model: Any) -> None:
+    """Gives the hyper-connections of a model weights that tell the streams apart."""
     for module in model.modules():
         if isinstance(module, HyperConnection) and module.weight is not None:
             torch.nn.init.normal_(module.weight, std=0.02)
-    return model
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:

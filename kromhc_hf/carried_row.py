@@ -8,6 +8,7 @@ from typing import Any
 from .family_file import arguments_of, layers_of
 from .modeling.families import COMPOSITE, ROWS
 from .modeling.layer_fit import layer_specs
+from .modeling.layer_spec import row_of
 from .modeling.outside_families import backbone_config_class, is_from_outside, outside_family
 from .own_families import register_family, unregister_family
 
@@ -43,7 +44,7 @@ def with_carried_row(model_type: str, carried: Any, where: Any) -> Iterator[None
         return
     given = arguments_of({"layer_class": str, "row": tuple[dict, ...]}, carried, str(where))
     kinds = tuple(_kind(dict(table), f"{where}: row {i}") for i, table in enumerate(given.pop("row", ()), start=1))
-    register_family(model_type, kinds[0] if len(kinds) == 1 else kinds, **given)
+    register_family(model_type, row_of(kinds), **given)
     try:
         yield
     except BaseException:

@@ -14,7 +14,7 @@ from .applying import apply_hyper_connections, remove_hyper_connections
 from .modeling.connection_plan import find_decoder, present_plan
 from .modeling.layer_fit import fit_layer
 from .modeling.layer_loop import layer_loops
-from .modeling.layer_spec import LayerSpec, Row, attribute
+from .modeling.layer_spec import LayerSpec, Row, attribute, row_of
 from .modeling.outside_families import REGISTERED, checked_family
 from .own_families import register_family, unregister_family
 from .row_reading import read_row
@@ -74,8 +74,7 @@ def derived_row(model: Any) -> Row:
             f"layer {position} ({type(layers[position]).__name__}) must fit the row that was read from it alone; it "
             "fits that of another layer of its class too, which no row can tell from it."
         )
-    kinds = tuple(dict.fromkeys(specs))
-    return kinds[0] if len(kinds) == 1 else kinds
+    return row_of(tuple(dict.fromkeys(specs)))
 
 
 def _mistaken(model: Any, layers: nn.ModuleList, specs: list[LayerSpec]) -> int | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .modeling.layer_spec import LayerSpec, Sublayer, block, sequential
+from .modeling.layer_spec import LayerSpec, Sublayer, block, row_of, sequential
 from .own_families import register_family
 
 
@@ -39,7 +39,7 @@ def register_family_file(path: Path) -> None:
         if name not in given:
             raise ValueError(f"{path} must say {name}; it has {', '.join(content) or 'nothing'}.")
     kinds = tuple(layers_of(table, f"{path}: [[row]] {i}") for i, table in enumerate(given.pop("row"), start=1))
-    register_family(row=kinds[0] if len(kinds) == 1 else kinds, **given)
+    register_family(row=row_of(kinds), **given)
 
 
 def layers_of(table: dict[str, Any], where: str) -> LayerSpec:

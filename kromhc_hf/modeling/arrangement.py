@@ -71,7 +71,7 @@ def check_one_stage(layers: Any) -> None:
     """
     for position, layer in enumerate(layers):
         # Such as vLLM puts where the layers of other pipeline stages were.
-        if connected_layer(layer) is None and next(layer.parameters(), None) is None:
+        if next(layer.parameters(), None) is None and connected_layer(layer) is None:
             raise ValueError(
                 "all decoder layers of a model with hyper-connections must be in one pipeline stage, since stages pass "
                 f"on [B, S, C] and streams are [B, S, n, C]; layer {position} is an empty {type(layer).__name__}. Use "

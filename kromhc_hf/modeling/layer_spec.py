@@ -136,6 +136,11 @@ class ByConfig:
 Row = LayerSpec | tuple[LayerSpec, ...] | ByConfig
 
 
+def row_of(kinds: tuple[LayerSpec, ...]) -> Row:
+    """The row of a family with these kinds of layers: one as it is, several as they are tried."""
+    return kinds[0] if len(kinds) == 1 else kinds
+
+
 def layer_kinds(row: Row) -> tuple[LayerSpec, ...]:
     """All kinds of layers that models of a family may have."""
     if isinstance(row, ByConfig):
