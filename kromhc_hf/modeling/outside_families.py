@@ -87,9 +87,12 @@ def backbone_config_class(config: Any) -> Any:
 def outside_family(config: Any, model_type: str) -> OutsideFamily | None:
     """The family from outside that a configuration is of, None if it is none."""
     own = BOUND.get(backbone_config_class(config))
+    if own is not None:
+        return own.family
+    if model_type in REGISTERED:
+        return REGISTERED[model_type]
     # A saved model and its base have copies of the same classes, and the row comes with the saved one.
-    known = [own] if own is not None else [] if model_type in REGISTERED else bound_to(model_type)
-    return known[0].family if known else REGISTERED.get(model_type)
+    return next((bound.family for bound in bound_to(model_type)), None)
 
 
 def has_derived_row(config: Any) -> bool:

@@ -57,9 +57,11 @@ def learns_and_survives_saving(model, folder: Path) -> None:
 def assert_as_right(model, ids: torch.Tensor, logits: torch.Tensor) -> None:
     """The model computes what these logits in fp32 were once rounded from.
 
-    Both are roundings of the logits in fp64, by as many operations but not the same ones, so neither is much nearer.
-    Leaves the model in fp64.
+    Both are roundings of the logits in fp64, by as many operations but not the same ones, so neither is much nearer: of
+    two layers with two branches each, 16 in a row that read, normalise, compute and write. Leaves the model in fp64.
     """
     found = model.eval()(ids).logits
     exact = model.double()(ids).logits
-    assert (found - exact).abs().max() <= 2 * (logits - exact).abs().max() < 1e-6
+    error, eps = (logits - exact).abs().max(), torch.finfo(logits.dtype).eps
+    assert error <= 16 * eps * logits.abs().max()
+    assert (found - exact).abs().max() <= 2 * error
