@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,16 @@ import torch
 
 
 torch.set_num_threads(int(os.environ.get("KROMHC_TEST_THREADS", "1")))
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what is imported by now out of garbage collections, each of which would go through a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
