@@ -162,51 +162,51 @@ def test_grown_and_inspected(llava, tmp_path):
 REMOTE = """
 import sys
 sys.modules["kromhc_hf"] = None  # as if it were not installed
+from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText
 
-source, inputs, again = sys.argv[1:]
-given = torch.load(inputs)
-model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True).eval()
-model.save_pretrained(again)
-reloaded = AutoModelForImageTextToText.from_pretrained(again, trust_remote_code=True).eval()
-with torch.no_grad():
-    torch.save([model(**given, use_cache=False).logits, reloaded(**given, use_cache=False).logits], inputs)
-names = {type(part).__name__ for part in model.modules() if type(part).__module__.startswith("transformers_modules")}
-print(*sorted(name for name in names if "Model" in name or "For" in name))
+for folder in map(Path, sys.argv[1:]):
+    given = torch.load(folder / "inputs")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "trained", trust_remote_code=True).eval()
+    model.save_pretrained(folder / "again")
+    reloaded = AutoModelForImageTextToText.from_pretrained(folder / "again", trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.save([m(**given, use_cache=False).logits for m in (model, reloaded)], folder / "found")
+    ours = {type(part).__name__ for part in model.modules() if type(part).__module__.startswith("transformers_modules")}
+    print(*sorted(name for name in ours if "Model" in name or "For" in name))
 """
 
+# Every class of the package that a model has, by its type.
+CLASSES = {
+    "llava": "KromHCLlamaModel KromHCLlavaForConditionalGeneration KromHCLlavaModel",
+    "qwen3_vl": "KromHCQwen3VLForConditionalGeneration KromHCQwen3VLModel KromHCQwen3VLTextModel",
+    "blip-2": "KromHCBlip2ForConditionalGeneration KromHCOPTForCausalLM KromHCOPTModel",
+}
 
-@pytest.mark.parametrize(
-    ("model_type", "classes"),
-    [
-        ("llava", "KromHCLlamaModel KromHCLlavaForConditionalGeneration KromHCLlavaModel"),
-        ("qwen3_vl", "KromHCQwen3VLForConditionalGeneration KromHCQwen3VLModel KromHCQwen3VLTextModel"),
-        (
-            "blip-2",
-            "KromHCBlip2ForConditionalGeneration KromHCOPTForCausalLM KromHCOPTModel",
-        ),
-    ],
-)
-def test_runs_where_the_package_is_not_installed(model_type, classes, tmp_path):
-    model = make_composite(model_type)
-    model.save_pretrained(tmp_path / "base")
-    convert_checkpoint(tmp_path / "base", tmp_path / "streams")
-    converted = AutoModelForImageTextToText.from_pretrained(tmp_path / "streams")
-    separate_streams(converted)
-    converted.save_pretrained(tmp_path / "trained")
-    torch.save(composite_inputs(model_type, model), tmp_path / "inputs")
-    paths = (tmp_path / "trained", tmp_path / "inputs", tmp_path / "again")
+
+def test_runs_where_the_package_is_not_installed(tmp_path):
+    """One process for all types, which have no class in common."""
+    converted = {}
+    for model_type in CLASSES:
+        folder, model = tmp_path / model_type, make_composite(model_type)
+        model.save_pretrained(folder / "base")
+        convert_checkpoint(folder / "base", folder / "streams")
+        converted[model_type] = AutoModelForImageTextToText.from_pretrained(folder / "streams")
+        separate_streams(converted[model_type])
+        converted[model_type].save_pretrained(folder / "trained")
+        torch.save(composite_inputs(model_type, model), folder / "inputs")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     # Of more threads, some would sum in another order.
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, *paths], capture_output=True, text=True, env=environment, check=False
-    )
+    command = [sys.executable, "-c", REMOTE, *(tmp_path / model_type for model_type in CLASSES)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == classes
-    for found in torch.load(tmp_path / "inputs"):
-        assert torch.equal(found, logits(converted, model_type))
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
-    assert type(again) is type(converted)
-    assert torch.equal(logits(again, model_type), logits(converted, model_type))
+    assert done.stdout.splitlines() == list(CLASSES.values())
+    for model_type, model in converted.items():
+        folder, expected = tmp_path / model_type, logits(model, model_type)
+        for found in torch.load(folder / "found"):
+            assert torch.equal(found, expected)
+        again = AutoModelForImageTextToText.from_pretrained(folder / "again")
+        assert type(again) is type(model)
+        assert torch.equal(logits(again, model_type), expected)

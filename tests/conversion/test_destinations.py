@@ -1,10 +1,13 @@
 """Destinations that exist, are links or are killed while they are filled, and systems without file locks."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.folders import only
+from support.forked import exit_code, fork
 from transformers import AutoModelForCausalLM
 
 from kromhc_hf import convert_checkpoint
@@ -50,15 +53,17 @@ def test_a_folder_with_leftovers_alone_is_empty(base, tmp_path):
 def test_killed_while_it_fills_a_folder(base, tmp_path, moves):
     """No config.json is there before everything is, and the next conversion takes back what was moved."""
     (tmp_path / "out").mkdir()
-    script = (
-        "import os, pathlib, sys, kromhc_hf; rename, left = pathlib.Path.rename, [int(sys.argv[3])]\n"
-        "def counted(self, target):\n"
-        "    left[0] -= 1\n"
-        "    return os._exit(9) if left[0] < 0 else rename(self, target)\n"
-        "pathlib.Path.rename = counted; kromhc_hf.convert_checkpoint(*sys.argv[1:3])"
-    )
-    result = subprocess.run([sys.executable, "-c", script, base, tmp_path / "out", str(moves)])
-    assert result.returncode == 9
+    rename, done = Path.rename, []
+
+    def counted(self, target):
+        done.append(target)
+        return os._exit(9) if len(done) > moves else rename(self, target)
+
+    def convert():
+        Path.rename = counted
+        convert_checkpoint(base, tmp_path / "out")
+
+    assert exit_code(fork(convert)) == 9
     (partial,) = (tmp_path / "out").glob(".out.partial-*")
     assert len(list((tmp_path / "out").iterdir())) == moves + 1
     assert not (tmp_path / "out/config.json").exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.folders import contents, only
+from support.forked import exit_code, fork
 from support.sparse import sparse_llama
 from transformers import AutoModelForCausalLM
 
@@ -104,17 +105,13 @@ def test_a_failure_half_way_leaves_nothing(tmp_path):
 
 
 def test_a_killed_conversion_leaves_nothing_that_stays(base, tmp_path):
-    script = (
-        "import sys, time, kromhc_hf;kromhc_hf.convert_checkpoint(*sys.argv[1:3], progress=lambda *_: time.sleep(60))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, base, tmp_path / "out"])
+    child = fork(lambda: convert_checkpoint(base, tmp_path / "out", progress=lambda *_: time.sleep(60)))
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.partial-*")):
-        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    assert exit_code(child) == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     convert_checkpoint(base, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]

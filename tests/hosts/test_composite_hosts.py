@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 from hosts.releases import FLOOR, ROOT, install, newest
 
 
@@ -17,7 +18,10 @@ TESTS = 4
 @pytest.mark.parametrize("which", ["oldest", "newest"])
 def test_a_sample_of_composite_models(which):
     try:
-        folder = install(FLOOR if which == "oldest" else newest())
+        release = FLOOR if which == "oldest" else newest()
+        if release == transformers.__version__:
+            pytest.skip("the release is the installed one, on which all of these tests are run beside this one")
+        folder = install(release)
     except RuntimeError as error:
         pytest.skip(f"the release cannot be installed: {error}")
     names = [f"[{name}]" for name in SAMPLE]

@@ -271,13 +271,13 @@ def test_kernel_is_visible_and_never_silent() -> None:
         module(torch.randn(1, 2, 4, 8))
 
 
-@pytest.mark.parametrize("name", ["triton_interpreter", "triton_check"])
-def test_triton_in_the_interpreter(name: str) -> None:
+def test_triton_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    file = Path(__file__).parents[1] / "support" / f"{name}.py"
+    support = Path(__file__).parents[1] / "support"
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    result = subprocess.run(command, env=environment, cwd=file.parents[2], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [str(support / f"{name}.py") for name in ("triton_interpreter", "triton_check")]
+    result = subprocess.run(command, env=environment, cwd=support.parents[1], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
 
 

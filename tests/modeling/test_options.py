@@ -176,8 +176,10 @@ sys.path.append("PROJECT")
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 import kromhc_hf
 from kromhc_hf import *
+from kromhc_hf.cli import app
 from kromhc_hf.modeling.options import OPTIONS
 from kromhc_hf.study.arm import Arm
 
@@ -203,6 +205,8 @@ grow_streams(model)
 found["grown"] = model.config.hc_throwaway, model.model.layers[0].hc_options.throwaway
 found["study"] = Arm(variant="mhc", throwaway=0.25).stream_options().throwaway
 count_parameters(16, throwaway=0.25)
+command = CliRunner().invoke(app, ["convert", "base", "out", "--no-verify", "--throwaway", "0.25"])
+found["command"] = load("out").config.hc_throwaway if command.exit_code == 0 else command.output
 for wrong in ("x", float("nan")):
     try:
         apply_hyper_connections(load("base"), throwaway=wrong)
@@ -234,10 +238,8 @@ def test_a_new_option_is_one_field(tmp_path):
     assert refused[1] == "throwaway must be finite; got nan. The default is 0.5."
     assert found.pop("grown") == [0.25, 0.25]
     assert set(found.values()) == {0.25}, found
-    assert len(found) == 9
+    assert len(found) == 10
     assert "For a test." in run("-m", "kromhc_hf.cli", "convert", "--help")
-    run("-m", "kromhc_hf.cli", "convert", "base", "out", "--no-verify", "--throwaway", "0.25")
-    assert json.loads((tmp_path / "out/config.json").read_text())["hc_throwaway"] == 0.25
 
 
 def test_names_that_options_may_have_are_those_that_there_are():

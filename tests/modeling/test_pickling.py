@@ -21,6 +21,7 @@ from kromhc_hf.modeling.modeling_kromhc import model_class
 
 # A nested owner, layers under another name, layers of two kinds, layers that return tuples, and no attention.
 FAMILIES = ("llama", "gpt2", "opt", "gemma2", "gpt_neo", "mamba", "qwen3_next")
+HEADS = ("llama", "gpt2", "opt", "falcon")
 
 # Run by a process that has made no model of its own.
 CHILD = """
@@ -81,10 +82,12 @@ def compare_elsewhere(cases: list[tuple], folder) -> None:
     assert result.stdout.strip() == "same", result.stderr
 
 
-def test_full_models(tmp_path):
-    models = [apply_hyper_connections(make_model(configurations(family)[0]), 4) for family in FAMILIES]
+def test_full_models_and_every_head(tmp_path):
+    """In one process, which meets the classes of a family first as a causal language model, then all of its heads."""
+    models = [make_model(configurations(family)[0]) for family in FAMILIES]
+    models += [head for family in HEADS for head in heads(family)]
     for model in models:
-        separate_streams(model)
+        separate_streams(apply_hyper_connections(model, 4))
     compare_elsewhere([pickled(model) for model in models], tmp_path)
 
 
@@ -93,16 +96,6 @@ def test_models_with_adapters(tmp_path):
     for model in models:
         perturb_hyper_connections(model)
     compare_elsewhere([pickled(model) for model in models], tmp_path)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "falcon"])
-def test_every_head(model_type, tmp_path):
-    cases = []
-    for model in heads(model_type):
-        apply_hyper_connections(model, 4)
-        separate_streams(model)
-        cases.append(pickled(model))
-    compare_elsewhere(cases, tmp_path)
 
 
 class OwnModel(model_class(*(lambda model: (model.backbone_class, model.config_class))(connected()))):

@@ -202,11 +202,15 @@ def test_generation_with_a_compiled_static_cache(model_type):
 def test_metrics_of_a_compiled_trainer(tmp_path):
     torch.compiler.reset()
     options = {"max_steps": 3, "torch_compile": True, "torch_compile_backend": "aot_eager"}
-    compiled = make_trainer(tmp_path / "a", retrofitted(), [StreamMetricsCallback(every=2)], **options)
+
+    def one_layer():
+        return apply_hyper_connections(make_model(shallow("llama", 1)))
+
+    compiled = make_trainer(tmp_path / "a", one_layer(), [StreamMetricsCallback(every=2)], **options)
     compiled.train()
     sampled = [entry["step"] for entry in compiled.state.log_history if "hc/off_identity_mass" in entry]
     assert sampled == [1, 3]
-    plain = make_trainer(tmp_path / "b", retrofitted(), max_steps=3)
+    plain = make_trainer(tmp_path / "b", one_layer(), max_steps=3)
     plain.train()
     # AdamW's first steps divide by gradients near zero, which magnifies roundings; at a learning rate of .01 a sign
     # that flips in one step of a single weight moves the loss by less than 1e-3.

@@ -10,7 +10,10 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+from forked import exit_code, fork
 
 from kromhc_hf import convert_checkpoint
 
@@ -33,14 +36,11 @@ counts = {"complete": 0, "absent": 0, "leftovers": 0, "finished": 0}
 random.seed(0)
 for moment in range(times):
     destination = home / f"out-{moment % 3}"
-    child = os.fork()
-    if child == 0:
-        convert_checkpoint(source, destination)
-        os._exit(0)
+    child = fork(partial(convert_checkpoint, source, destination))
     # Moments after the end are of interest too: the folder must be there then.
     time.sleep(random.uniform(0, 1.2 * duration))
     os.kill(child, signal.SIGKILL)
-    counts["finished"] += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    counts["finished"] += exit_code(child) == 0
     counts["leftovers"] += bool(list(home.glob(f".{destination.name}.partial-*")))
     if destination.exists():
         found = contents(destination)

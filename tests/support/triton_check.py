@@ -73,7 +73,7 @@ def test_checks_once_for_each_kind_of_streams(checked: dict, monkeypatch) -> Non
     ]
 
 
-@pytest.mark.parametrize(("variant", "num_streams"), [("mhc", 8), ("hc", 8), ("mhc_lite", 6)])
+@pytest.mark.parametrize(("variant", "num_streams"), [("mhc", 8), ("hc", 8), ("mhc_lite", 5)])
 def test_check_compiles_what_the_variant_runs(variant: str, num_streams: int, checked: dict, monkeypatch) -> None:
     """Weights of more outputs than one program takes, or of one stream at a time, have launch sizes of their own."""
     launched: set = set()
@@ -136,8 +136,14 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("fault", WRONG)
+# A fault that is larger than what the widest roundings explain, those of bfloat16, is seen in the other dtypes too.
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [
+        *(pytest.param(fault, torch.bfloat16, id=f"{fault}-bfloat16") for fault in WRONG),
+        *(pytest.param("gates", DTYPES[name], id=f"gates-{name}") for name in ("float32", "float16")),
+    ],
+)
 def test_auto_leaves_kernels_that_are_wrong(fault: str, dtype: torch.dtype, checked: dict, monkeypatch) -> None:
     monkeypatch.setattr(*WRONG[fault]())
     module, streams = HyperConnection(64, 4), torch.randn(1, 3, 4, 64).to(dtype)
