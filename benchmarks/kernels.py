@@ -1,4 +1,6 @@
-"""Every Triton kernel by itself on a GPU: its time, and what share of a copy's bandwidth it reaches.
+"""Every Triton kernel by itself on a GPU: its time there, and what share of a copy's bandwidth it reaches.
+
+The time is that of the kernels which a call launches, as the profiler has it, without what it costs to launch them.
 
 python -m benchmarks.kernels --hidden-size 2048 --tokens 16384 --streams 4
 """
@@ -8,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import DTYPES, arguments, in_turn, ratio, report
+from benchmarks.measuring import DTYPES, arguments, report
 from kromhc_hf.modeling.kernels_triton import read, read_backward, write, write_backward
 from kromhc_hf.modeling.kernels_triton_gradients import gate_gradients, streams_gradient, weight_gradient
 from kromhc_hf.modeling.kernels_triton_projection import gates
@@ -66,17 +68,29 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
         "weight_gradient": lambda: weight_gradient(streams.flatten(1), products),
         "read_backward": lambda: read_backward(grad_input, streams, h_pre),
     }
-    seconds = in_turn({"copy": lambda: target.copy_(streams)} | calls, options)
+    seconds = {name: kernel_seconds(call, options.rounds) for name, call in calls.items()}
+    copy = kernel_seconds(lambda: target.copy_(streams), options.rounds)
     return [
         {
             "n": n,
             "kernel": name,
             "elements per token / C": moved,
-            "ms": 1e3 * min(seconds[name]),
-            "share of copy bandwidth": ratio(seconds["copy"], seconds[name]) * moved / (2 * n),
+            "ms": 1e3 * seconds[name],
+            "share of copy bandwidth": copy / seconds[name] * moved / (2 * n),
         }
         for name, moved in elements(n).items()
     ]
+
+
+def kernel_seconds(call: Callable[[], Any], rounds: int) -> float:
+    """The mean time of all kernels that a call launches, once they are compiled."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(rounds):
+            call()
+        torch.cuda.synchronize()
+    return sum(event.device_time_total for event in profile.key_averages()) / rounds / 1e6
 
 
 if __name__ == "__main__":

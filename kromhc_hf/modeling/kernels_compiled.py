@@ -4,6 +4,9 @@
 The same three passes as the Triton kernels, for `torch.compile` on any device. Streams are `[T, n, C]`, sums are in the
 dtype of the other operand (at least fp32). Sums over the streams are written out, one term per stream: as one
 expression over all elements they fuse with their neighbours, while a batched product would be a call of its own.
+
+What a function returns must have no second name in it: torch 2.11 compiles a backward pass of zeros then (pytorch issue
+180642), without a word. A cast that changes nothing makes one, so all of them are left out by `cast`.
 """
 
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixing import snapped_sum
+from .mixing import cast, snapped_sum
 
 
 class Project(torch.autograd.Function):
@@ -22,7 +25,7 @@ class Project(torch.autograd.Function):
     def forward(ctx: Any, streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(streams, weight)
         outputs, width = weight.shape
-        rows = streams.reshape(streams.shape[0], -1, width).to(weight.dtype)
+        rows = cast(streams.reshape(streams.shape[0], -1, width), weight.dtype)
         # Libraries have fast code for multiples of 8.
         padded = F.pad(weight, (0, 0, 0, -outputs % 8))
         return F.linear(rows, padded)[..., :outputs], rows.square().mean(-1)
@@ -31,10 +34,10 @@ class Project(torch.autograd.Function):
     def backward(ctx: Any, grad_products: Tensor, grad_squares: Tensor) -> tuple[Tensor, Tensor]:
         streams, weight = ctx.saved_tensors
         width = weight.shape[1]
-        rows, grad = streams.reshape(-1, width).to(weight.dtype), grad_products.flatten(0, 1)
+        rows, grad = cast(streams.reshape(-1, width), weight.dtype), grad_products.flatten(0, 1)
         # Not a product and a sum, which the compiler would take for one call of `addmm` on a copy of the second term.
         grad_rows = torch.addcmul(grad @ weight, grad_squares.reshape(-1, 1) * (2 / width), rows)
-        return grad_rows.view(streams.shape).to(streams.dtype), grad.t() @ rows
+        return cast(grad_rows.view(streams.shape), streams.dtype), grad.t() @ rows
 
 
 class Read(torch.autograd.Function):
@@ -43,18 +46,18 @@ class Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, h_pre: Tensor) -> Tensor:
         ctx.save_for_backward(streams, h_pre)
-        first, *others = streams.to(h_pre.dtype).unbind(1)
+        first, *others = cast(streams, h_pre.dtype).unbind(1)
         # Relative to the first stream, so that equal streams are not even rounded.
         total = snapped_sum(h_pre) * first
         for j, stream in enumerate(others, start=1):
             total = torch.addcmul(total, h_pre[:, j : j + 1], stream - first)
-        return total.to(streams.dtype)
+        return cast(total, streams.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         streams, h_pre = ctx.saved_tensors
-        grad = grad.to(h_pre.dtype).unsqueeze(1)
-        return (h_pre.unsqueeze(-1) * grad).to(streams.dtype), (streams * grad).sum(-1)
+        grad = cast(grad, h_pre.dtype).unsqueeze(1)
+        return cast(h_pre.unsqueeze(-1) * grad, streams.dtype), (streams * grad).sum(-1)
 
 
 class Write(torch.autograd.Function):
@@ -65,27 +68,27 @@ class Write(torch.autograd.Function):
         ctx: Any, streams: Tensor, h_res: Tensor, h_post: Tensor, branch_output: Tensor, rows_sum_to_one: bool
     ) -> Tensor:
         ctx.save_for_backward(streams, h_res, h_post, branch_output)
-        first, *others = streams.to(h_res.dtype).split(1, dim=1)
+        first, *others = cast(streams, h_res.dtype).split(1, dim=1)
         mixed = first if rows_sum_to_one else snapped_sum(h_res) * first
         for j, stream in enumerate(others, start=1):
             mixed = torch.addcmul(mixed, h_res[..., j : j + 1], stream - first)
-        output = branch_output.to(h_post.dtype).unsqueeze(1)
-        return torch.addcmul(mixed, h_post.unsqueeze(-1), output).to(streams.dtype)
+        output = cast(branch_output, h_post.dtype).unsqueeze(1)
+        return cast(torch.addcmul(mixed, h_post.unsqueeze(-1), output), streams.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         streams, h_res, h_post, branch_output = ctx.saved_tensors
         # Also where it is one gradient for all streams, for the batched product.
-        grad = grad.to(h_res.dtype).contiguous()
+        grad = cast(grad, h_res.dtype).contiguous()
         mixed, output = torch.zeros_like(grad), torch.zeros_like(grad[:, 0])
         for i, row in enumerate(grad.unbind(1)):
             mixed = torch.addcmul(mixed, h_res[:, i].unsqueeze(-1), row.unsqueeze(1))
             output = torch.addcmul(output, h_post[:, i : i + 1], row)
         return (
-            mixed.to(streams.dtype),
+            cast(mixed, streams.dtype),
             # A call, although sums that fuse are a little faster: Inductor's lost three digits in a model.
-            torch.bmm(grad, streams.to(grad.dtype).mT),
+            torch.bmm(grad, cast(streams, grad.dtype).mT),
             (grad * branch_output.unsqueeze(1)).sum(-1),
-            output.to(branch_output.dtype),
+            cast(output, branch_output.dtype),
             None,
         )

@@ -1,8 +1,9 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """Reads and writes the streams in Triton, in custom operators that torch.compile sees whole.
 
-A warp works on one token and holds a tile of each stream, so that each pass moves every stream once: of memory the
-read moves `(n + 1) C` elements per token, the write `(2n + 1) C`, their backward passes `(2n + 1) C` and `(3n + 2) C`.
+A program works on a few tokens and holds a tile of each stream, so that each pass moves every stream once: of memory
+the read moves `(n + 1) C` elements per token, the write `(2n + 1) C`, their backward passes `(2n + 1) C` and
+`(3n + 2) C`.
 All sums are fp32. Without a GPU the kernels run in Triton's interpreter, with `TRITON_INTERPRET=1` in the environment.
 """
 
@@ -95,19 +96,20 @@ def _write_backward(grad, streams, h_res, h_post, branch_output, grad_streams, g
     store_numbers(grad_h_post, post_sums, row, present, n)
 
 
-def _sizes(streams: Tensor, in_one_go: bool) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, int]]:
-    """Grid, sizes and constants of a program that works on a few tokens: on a part of their features, or on all."""
+def _sizes(
+    streams: Tensor, rows: int, block: int, warps: int
+) -> tuple[tuple[int, int], tuple[int, int], dict[str, int]]:
+    """Grid, sizes and constants of programs that work on so many tokens and features each."""
     tokens, n, width = streams.shape
-    constants = {"n": n, "ROWS": ROWS, "BLOCK": block_size(n), "num_warps": ROWS}
-    grid = (-(-tokens // ROWS), -(-width // constants["BLOCK"]))
-    return grid[:1] if in_one_go else grid, (tokens, width), constants
+    grid = (-(-tokens // rows), -(-width // block))
+    return grid, (tokens, width), {"n": n, "ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 
 @torch.library.custom_op("kromhc_hf::read", mutates_args=())
 def read(streams: Tensor, h_pre: Tensor) -> Tensor:
     """`sum_j h_pre[j] streams[j]`: `[T, n, C]` and `[T, n]` -> `[T, C]`."""
     out = streams.new_empty(len(streams), streams.shape[2])
-    grid, sizes, constants = _sizes(streams, in_one_go=False)
+    grid, sizes, constants = _sizes(streams, ROWS, block_size(streams.shape[1]), ROWS)
     run(_read, grid, streams.contiguous(), h_pre.contiguous(), out, *sizes, **constants)
     return out
 
@@ -120,11 +122,11 @@ def _(streams, h_pre):
 @torch.library.custom_op("kromhc_hf::read_backward", mutates_args=())
 def read_backward(grad: Tensor, streams: Tensor, h_pre: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the streams and of `h_pre`."""
-    grid, sizes, constants = _sizes(streams, in_one_go=True)
+    (programs, _), sizes, constants = _sizes(streams, ROWS, block_size(streams.shape[1]), ROWS)
     grad_streams = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
     grad_h_pre = torch.empty(h_pre.shape, dtype=h_pre.dtype, device=h_pre.device)
     inputs = (tensor.contiguous() for tensor in (grad, streams, h_pre))
-    run(_read_backward, grid, *inputs, grad_streams, grad_h_pre, *sizes, **constants)
+    run(_read_backward, (programs,), *inputs, grad_streams, grad_h_pre, *sizes, **constants)
     return grad_streams, grad_h_pre
 
 
@@ -136,7 +138,8 @@ def _(grad, streams, h_pre):
 @torch.library.custom_op("kromhc_hf::write", mutates_args=())
 def write(streams: Tensor, h_res: Tensor, h_post: Tensor, branch_output: Tensor, rows_sum_to_one: bool) -> Tensor:
     """`sum_j h_res[i, j] streams[j] + h_post[i] branch_output`, `[T, n, C]`."""
-    grid, sizes, constants = _sizes(streams, in_one_go=False)
+    # One token is enough work for four warps, and its mappings are loaded once.
+    grid, sizes, constants = _sizes(streams, 1, 1024, 4)
     out = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
     inputs = (tensor.contiguous() for tensor in (streams, h_res, h_post, branch_output))
     run(_write, grid, *inputs, out, *sizes, SUM_TO_ONE=rows_sum_to_one, **constants)
@@ -153,10 +156,11 @@ def write_backward(
     grad: Tensor, streams: Tensor, h_res: Tensor, h_post: Tensor, branch_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the streams, `h_res`, `h_post` and the branch output, in one pass."""
-    grid, sizes, constants = _sizes(streams, in_one_go=True)
+    # A warp by itself: its sums over features need no other.
+    (programs, _), sizes, constants = _sizes(streams, 1, 2 * block_size(streams.shape[1]), 1)
     inputs = [tensor.contiguous() for tensor in (grad, streams, h_res, h_post, branch_output)]
     outputs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (streams, h_res, h_post, branch_output)]
-    run(_write_backward, grid, *inputs, *outputs, *sizes, **constants)
+    run(_write_backward, (programs,), *inputs, *outputs, *sizes, **constants)
     return outputs[0], outputs[1], outputs[2], outputs[3]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .kernels_triton_language import (
+    PARTS,
     PRECISION,
     ROWS,
     block_size,
@@ -109,7 +110,7 @@ def _weight_gradient(streams, grad_products, out, rows, features, share, K: tl.c
         some = (row[None, :] < rows) & (k[:, None] < K)
         rest = tl.load(grad_products + row[None, :] * K + k[:, None], mask=some, other=0.0)
         if streams.dtype.element_ty == tl.bfloat16:
-            for _ in tl.static_range(3):
+            for _ in tl.static_range(PARTS):
                 narrow = rounded(rest, tl.bfloat16)
                 total = narrow_dot(narrow, x, total)
                 rest -= narrow.to(tl.float32)
@@ -131,8 +132,8 @@ def gate_gradients(
     squares: Tensor,
     alpha: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of products `[T, k]`, mean squares `[T]`, bias `[k]` and of alpha by output `[k]`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of products `[T, k]` and mean squares `[T]`, and those of the bias and of alpha by output `[2, k]`.
 
     What the branch input `[T, C]` says about the read weights is `sum_c grad_input[c] streams[j, c]`.
     """
@@ -140,19 +141,18 @@ def gate_gradients(
     outputs = products.shape[1]
     made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (products, squares)]
     programs = -(-tokens // ROWS)
-    sums = [products.new_empty(programs, outputs) for _ in range(2)]
+    sums = products.new_empty(2, programs, outputs)
     inputs = (grad_input, streams, h_pre, h_post, grad_h_post, grad_logits, products, squares, alpha)
     constants = {"n": n, "K": outputs, "PADDED": padded_outputs(outputs), "ROWS": ROWS, "BLOCK": block_size(n)}
     contiguous = (tensor.contiguous() for tensor in inputs)
     run(_gate_gradients, (programs,), *contiguous, *made, *sums, tokens, width, eps, **constants, num_warps=ROWS)
-    return made[0], made[1], sums[0].sum(0), sums[1].sum(0)
+    return made[0], made[1], sums.sum(1)
 
 
 @gate_gradients.register_fake
 def _(grad_input, streams, h_pre, h_post, grad_h_post, grad_logits, products, squares, alpha, eps):
     outputs = products.shape[1]
-    made = products.new_empty(products.shape), squares.new_empty(squares.shape)
-    return *made, products.new_empty(outputs), products.new_empty(outputs)
+    return products.new_empty(products.shape), squares.new_empty(squares.shape), products.new_empty(2, outputs)
 
 
 @torch.library.custom_op("kromhc_hf::streams_gradient", mutates_args=())
@@ -172,16 +172,18 @@ def streams_gradient(
     constants = {"KNOWN": known is not None, "READ": h_pre is not None, "n": n, "K": outputs}
     padded = max(16, 1 << (outputs - 1).bit_length())
     # Rounded to 16 bits in the end, the product needs no more than the 11 bits of TF32.
-    narrow = streams.dtype.itemsize == 2
-    constants |= {"PADDED": padded, "PRECISION": "tf32" if narrow else "tf32x3", "TOKENS": 32 if narrow else 16}
-    # Tensor cores take 16 features at least.
-    constants["BLOCK"] = min(256 if narrow else 128, max(16, 4096 // padded))
-    grid = (-(-tokens // constants["TOKENS"]), -(-width // constants["BLOCK"]))
+    narrow = streams.itemsize == 2
+    constants |= {"PADDED": padded, "PRECISION": "tf32" if narrow else "tf32x3"}
+    # Tensor cores take 16 features at least, and a warp or two are enough for narrow tiles with few outputs.
+    together, block = 32 if narrow and padded > 32 else 16, min(128, max(16, 4096 // padded))
+    warps = padded // 16 if narrow and padded <= 32 else 4
+    constants |= {"TOKENS": together, "BLOCK": block}
+    grid = (-(-tokens // together), -(-width // block))
     given = (
         streams if t is None else t for t in (known, grad_input, streams, h_pre, weight, grad_products, grad_squares)
     )
     contiguous = (tensor.contiguous() for tensor in given)
-    run(_streams_gradient, grid, *contiguous, out, tokens, width, **constants, num_warps=4)
+    run(_streams_gradient, grid, *contiguous, out, tokens, width, **constants, num_warps=warps)
     return out
 
 
@@ -195,10 +197,11 @@ def weight_gradient(rows: Tensor, grad_products: Tensor) -> Tensor:
     """`sum_t grad_products[t] rows[t]`: `[T, F]` and `[T, k]` -> `[k, F]`."""
     (tokens, features), outputs = rows.shape, grad_products.shape[1]
     padded, together = padded_outputs(outputs), 32
+    block = 256 if rows.itemsize == 2 and padded <= 32 else 4096 // padded
     share = max(SHARE, together * -(-tokens // (together * SHARES)))
     shares = -(-tokens // share)
     out = rows.new_empty(shares, outputs, features, dtype=torch.float32)
-    constants = {"K": outputs, "PADDED": padded, "TOKENS": together, "BLOCK": 4096 // padded}
+    constants = {"K": outputs, "PADDED": padded, "TOKENS": together, "BLOCK": block}
     grid = (-(-features // constants["BLOCK"]), shares, -(-outputs // padded))
     inputs = (rows.contiguous(), grad_products.contiguous())
     run(_weight_gradient, grid, *inputs, out, tokens, features, share, **constants, num_warps=4, num_stages=4)

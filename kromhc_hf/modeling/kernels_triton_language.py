@@ -33,6 +33,8 @@ ROWS = 4
 LARGEST_OUTPUTS = 64
 # Three products of what TF32 has of both factors and of the rest, which miss fp32 by its last bits.
 PRECISION = AVAILABLE and tl.constexpr("tf32x3")
+# Numbers in bf16 whose sum stands for a coefficient beside streams in bf16.
+PARTS = AVAILABLE and tl.constexpr(2)
 # More streams would not stay in registers: every pass holds a tile of each.
 LARGEST_STREAMS = 8
 SNAP_DISTANCE = AVAILABLE and tl.constexpr(snap_distance(torch.float32))

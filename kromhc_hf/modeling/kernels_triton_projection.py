@@ -2,7 +2,8 @@
 """The thin product of the streams with the weight of the mappings in Triton, and its gates.
 
 Tensor cores multiply numbers of fewer bits than fp32 has. In bf16 the streams are such numbers as they are, and the
-weight is the sum of three; other streams are split as well. The product moves `n C` elements per token.
+weight is the sum of two, which have 16 bits together; other streams are split as well. The product moves `n C` elements
+per token.
 """
 
 # mypy: ignore-errors
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernels_triton_gradients import streams_gradient, weight_gradient
-from .kernels_triton_language import PRECISION, jit, narrow_dot, padded_outputs, rounded, run, tl
+from .kernels_triton_language import PARTS, PRECISION, jit, narrow_dot, padded_outputs, rounded, run, tl
 
 
 @jit
@@ -29,7 +30,7 @@ def thin_product(streams, weight, row, rows, output, features, K: tl.constexpr, 
         w_inside = (output[None, :] < K) & (c[:, None] < features)
         place = output[None, :] * features + c[:, None]
         if weight.dtype.element_ty == tl.bfloat16:
-            for part in tl.static_range(3):
+            for part in tl.static_range(PARTS):
                 w = tl.load(weight + part * K * features + place, mask=w_inside, other=0.0)
                 products = narrow_dot(x, w, products)
         else:
@@ -77,7 +78,7 @@ def _gates(streams, weight, bias, alpha, h_pre, h_post, logits, products, square
 def _split(weight, parts, count, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rest = tl.load(weight + place, mask=place < count, other=0.0)
-    for part in tl.static_range(3):
+    for part in tl.static_range(PARTS):
         narrow = rounded(rest, tl.bfloat16)
         tl.store(parts + part * count + place, narrow, mask=place < count)
         rest -= narrow.to(tl.float32)
@@ -91,11 +92,11 @@ def _thin(rows: int, outputs: int) -> tuple[tuple[int, int], dict[str, int]]:
 
 
 def _factor(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as the thin product takes it: for streams in bf16 three parts `[3, k, F]`, which sum to it."""
+    """The weight as the thin product takes it: for streams in bf16 two parts `[2, k, F]`, which sum to it."""
     weight = weight.contiguous()
     if dtype != torch.bfloat16:
         return weight
-    parts = torch.empty(3, *weight.shape, dtype=dtype, device=weight.device)
+    parts = torch.empty(2, *weight.shape, dtype=dtype, device=weight.device)
     run(_split, (-(-weight.numel() // 1024),), weight, parts, weight.numel(), 1024)
     return parts
 

@@ -125,7 +125,7 @@ WRONG = {
     "gradient of alpha": lambda: (
         kernels_triton_width,
         "gate_gradients",
-        scaled(kernels_triton_width.gate_gradients, 3, 1.2),
+        scaled(kernels_triton_width.gate_gradients, 2, 1.2),
     ),
     "gradient of the streams": lambda: (
         kernels_triton_width,
