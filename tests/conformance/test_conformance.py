@@ -11,7 +11,8 @@ from distribution import download, fetch_suite
 
 
 RUN = Path(__file__).with_name("run.py")
-FAMILIES = ("llama", "gpt2", "qwen3", "gpt_neox", "mixtral", "gemma2")
+# One of each kind of layer; qwen3, a llama with norms in its attention, is in `make conformance` alone.
+FAMILIES = ("llama", "gpt2", "gpt_neox", "mixtral", "gemma2")
 
 
 @pytest.fixture(scope="session")
