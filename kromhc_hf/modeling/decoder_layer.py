@@ -71,7 +71,7 @@ class HyperConnectedLayer(nn.Module):
                 streams = streams.float()
             streams = self.make_streams(streams)
         outputs: dict[str, Any] = {}
-        branches = branches_of_block(self)
+        branches = branches_of_block(self) if self.training or torch.is_grad_enabled() else 0
         for step, name in zip(self.spec.steps, self.spec.names):
             branch_input, write = getattr(self, name)(streams, branches)
             streams = write(self.run_step(step, branch_input, kwargs, outputs))

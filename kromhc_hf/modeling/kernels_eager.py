@@ -211,8 +211,8 @@ def connect(
 
     Of so many branches that follow each other, at least 2, the first alone saves its streams.
     """
-    tokens = streams.flatten(0, -3)
-    if tokens.shape[0] <= FEW_TOKENS and tokens.numel() * tokens.shape[1] <= FEW_PRODUCTS:
+    count = streams.numel()
+    if count <= FEW_TOKENS * streams.shape[-2:].numel() and count * streams.shape[-2] <= FEW_PRODUCTS:
         return connect_reference(streams, weight, bias, alpha, mixing, eps)
     sum_to_one = mixing.rows_sum_to_one
     if torch.is_grad_enabled():
@@ -229,6 +229,7 @@ def connect(
 
         return branch_input, write_back_with_gradients
 
+    tokens = streams.flatten(0, -3)
     h_pre, h_post, h_res = mixing.mappings(*project(tokens, weight), bias, alpha, eps, tokens.shape[:1])
     looked_at = Streams.of(tokens)
     branch_input = read(looked_at, h_pre)
@@ -270,15 +271,15 @@ def width_reference(
     products, squares = None, None
     if weight is not None:
         rows = wide.reshape(tokens.shape[0], -1, weight.shape[1])
-        products, squares = F.linear(rows, weight), (rows * rows).sum(-1) / weight.shape[1]
+        products, squares = F.linear(rows, weight), (rows * rows).mean(-1)
     h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha, eps)
     form = "differences" if transformed() else Streams.of(wide).form
     # Not a batched product, for which a library would wake up all threads.
     if form == "plain":
         return wide, (h_pre.unsqueeze(-1) * wide).sum(1, keepdim=True), h_post, logits
-    first, others = wide.split_with_sizes((1, wide.shape[1] - 1), dim=1)
+    first = wide[:, :1]
     branch_input = torch.addcmul(first, gap_to_one(h_pre).unsqueeze(-1), first)
     if form == "equal" and not torch.is_grad_enabled():
         return wide, branch_input, h_post, None if mixing.rows_sum_to_one else logits
-    rest = (h_pre[..., 1:, None] * (others - first)).sum(1, keepdim=True)
+    rest = (h_pre[..., 1:, None] * (wide[:, 1:] - first)).sum(1, keepdim=True)
     return wide, branch_input + rest, h_post, logits

@@ -131,12 +131,10 @@ class Mixing:
         pre, post, residual = cast(bias, dtype).split_with_sizes(self.sizes)
         if products is not None and squares is not None and alpha is not None:
             dynamic = self.predict(products, torch.rsqrt(squares + eps).unsqueeze(-1))
-            pre, post, residual = (
-                torch.addcmul(static, a, d)
-                for static, a, d in zip(
-                    (pre, post, residual), cast(alpha, dtype).unbind(), dynamic.split_with_sizes(self.sizes, -1)
-                )
-            )
+            by_pre, by_post, by_residual = dynamic.split_with_sizes(self.sizes, -1)
+            of_pre, of_post, of_residual = cast(alpha, dtype).unbind()
+            pre, post = torch.addcmul(pre, of_pre, by_pre), torch.addcmul(post, of_post, by_post)
+            residual = torch.addcmul(residual, of_residual, by_residual)
         return *self.gates(pre, post), residual
 
     def mappings(

@@ -97,7 +97,7 @@ class KromHCMixing(Mixing):
         mixed = streams.reshape(*streams.shape[:-2], *self.factors, streams.shape[-1])  # [..., i_1, ..., i_K, C]
         ones = (1,) * (len(self.factors) + 1)
         if self.twos:
-            swaps = torch.sigmoid(logits[..., : self.twos])
+            swaps = torch.sigmoid(self._of_twos(logits))
             swaps = swaps.view(*swaps.shape, *ones)
             for position in range(self.twos):
                 flipped = mixed.flip(position - len(ones))
@@ -112,6 +112,10 @@ class KromHCMixing(Mixing):
                 mixed = torch.addcmul(mixed, weight, source.roll(-shift, dim) - source)
         return mixed.flatten(-len(ones), -2)
 
+    def _of_twos(self, logits: Tensor) -> Tensor:
+        """The logits of the factors of size 2."""
+        return logits if self.twos == self.num_logits else logits[..., : self.twos]
+
     def _larger_factors(self, logits: Tensor) -> list[tuple[int, Tensor]]:
         """The positions and logits of the factors after those of size 2; factors are in ascending order."""
         if self.twos == len(self.factors):
@@ -122,7 +126,7 @@ class KromHCMixing(Mixing):
     def matrix(self, logits: Tensor) -> Tensor:
         if not self.factors:
             return logits.new_ones(*logits.shape[:-1], 1, 1)
-        swap = torch.sigmoid(logits[..., : self.twos])
+        swap = torch.sigmoid(self._of_twos(logits))
         keep = 1 - swap
         factors = list(torch.stack([keep, swap, swap, keep], dim=-1).view(*swap.shape, 2, 2).unbind(-3))
         factors += [
