@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint types tests docs figures browser evidence conformance hosts resolve floor clients deepspeed outside derived quantised release clean
+.PHONY: demo test lint types tests docs figures browser evidence conformance hosts torches resolve floor clients deepspeed outside derived quantised release clean
 
 demo: $(READY)
 	rm -rf demo-output
@@ -73,6 +73,10 @@ floor: .venv-floor/.ready
 hosts: $(READY)
 	$(BIN)/python tests/hosts/run.py --write docs/hosts.md
 
+# The arithmetic on every release of torch, each installed into a folder of its own while it is needed.
+torches: $(READY)
+	PYTHONPATH=.:tests $(BIN)/python tests/torches/run.py --write docs/torch-releases.md
+
 # The tools that people already use, each in an environment of its own: `make clients CLIENTS="lm_eval mergekit"` for some.
 clients: $(READY)
 	PYTHONPATH=.:tests $(BIN)/python -m clients.run $(CLIENTS) --write docs/works-with.md
@@ -113,4 +117,4 @@ release: $(READY)
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-outside .quantised .hosts .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-floor .venv-outside .quantised .hosts .torches .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache

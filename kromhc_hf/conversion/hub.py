@@ -21,6 +21,10 @@ from .files import CARD, REPLACED_WEIGHTS, may_write_card
 from .outside import carries_derived_row, carries_row
 
 
+# Folders of the Trainer, each with a copy of the model and the state of the optimizer, which it does not push either.
+CHECKPOINTS = re.compile(r"checkpoint-\d+")
+
+
 def push_checkpoint(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -38,7 +42,8 @@ def push_checkpoint(
     upload that the folder does not have are deleted in the same commit: a loader might take them for the new ones.
 
     Args:
-        folder: what `convert_checkpoint` or `save_pretrained` wrote; hidden folders in it, such as `.git`, stay here.
+        folder: what `convert_checkpoint` or `save_pretrained` wrote; hidden folders in it, such as `.git`, and the
+            checkpoints of a training stay here.
         repo_id: "USER/NAME".
         private: whether a new repository is private.
         revision: branch to commit to; made if it does not exist.
@@ -59,7 +64,8 @@ def push_checkpoint(
         )
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     # Git and downloads keep their own in hidden folders, which the Hub takes from nobody.
-    sent = [name for name in names if not any(part.startswith(".") for part in name.parts[:-1])]
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts[:-1])]
+    sent = [name for name in visible if not any(CHECKPOINTS.fullmatch(part) for part in name.parts[:-1])]
     files: dict[str, str | bytes] = {name.as_posix(): str(folder / name) for name in sent}
     if may_write_card(folder):
         files[CARD] = _card(content, folder, repo_id).encode()

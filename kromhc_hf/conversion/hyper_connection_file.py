@@ -68,7 +68,8 @@ def save_hyper_connections(
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / FILE
     save_file(_tensors(model), path, metadata=metadata)
-    if may_write_card(Path(folder)):
+    # Beside a whole model the card is that model's.
+    if may_write_card(Path(folder)) and not (Path(folder) / "config.json").exists():
         (Path(folder) / CARD).write_text(card, encoding="utf-8")
     return path
 

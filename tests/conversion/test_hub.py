@@ -35,9 +35,10 @@ def test_push_and_pull_into_an_empty_cache(hub, converted):
     assert torch.equal(model(tokens).logits, AutoModelForCausalLM.from_pretrained(converted)(tokens).logits)
 
 
-def test_what_git_and_downloads_keep_beside_a_model_stays_here(hub, converted):
+def test_what_git_downloads_and_trainings_keep_beside_a_model_stays_here(hub, converted):
     hidden = {".git/HEAD", ".cache/huggingface/download/config.json.metadata", "tokens/.cache/x"}
-    for name in (*hidden, ".gitattributes"):
+    hidden |= {"checkpoint-20/model.safetensors", "runs/checkpoint-4/optimizer.pt"}
+    for name in (*hidden, ".gitattributes", "checkpoint-notes/x", "checkpoint-7"):
         (converted / name).parent.mkdir(parents=True, exist_ok=True)
         (converted / name).write_text("x")
     push_checkpoint(converted, "ada/model")

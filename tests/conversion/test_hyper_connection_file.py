@@ -92,6 +92,15 @@ def test_hyper_connections_beside_a_card_of_ones_own(licensed_base, tmp_path, ow
     assert card.read_bytes() == own
 
 
+def test_hyper_connections_beside_a_whole_model_leave_its_card(licensed_base, tmp_path):
+    model = apply_hyper_connections(AutoModelForCausalLM.from_pretrained(licensed_base))
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(f"{MARK}\nof the whole model")
+    assert save_hyper_connections(model, tmp_path).is_file()
+    assert card.read_text() == f"{MARK}\nof the whole model"
+
+
 @pytest.mark.parametrize(
     ("change", "got"),
     [
