@@ -11,6 +11,9 @@ from kromhc_hf.modeling.kernels_connect import fuses
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Tokens: the interpreter runs one program after the other, and there is one for each token in some kernels. So many do
+# not fit into one program where a program takes four.
+FEW = 6
 
 
 def in_dtypes(*sizes: tuple[str, int, int]) -> list:
@@ -113,7 +116,9 @@ def two(kernel: str, num_streams: int, hidden_size: int, variant: str = "kromhc"
     ),
 )
 def test_two_branches_agree_with_float64(variant: str, num_streams: int, hidden_size: int, dtype: torch.dtype) -> None:
-    streams, cotangent = (torch.randn(2, 9, num_streams, hidden_size).to(dtype) for _ in range(2))
+    # Of one of the sizes so many that every kernel has more than one program for them.
+    tokens = 18 if (variant, num_streams) == ("kromhc", 4) else FEW
+    streams, cotangent = (torch.randn(2, tokens // 2, num_streams, hidden_size).to(dtype) for _ in range(2))
     found, plain = (run_two(two(k, num_streams, hidden_size, variant), streams, cotangent) for k in ("triton", "torch"))
     wide = [module.double() for module in two("torch", num_streams, hidden_size, variant)]
     exact = run_two(wide, streams.double(), cotangent.double())
@@ -126,7 +131,7 @@ def test_two_branches_agree_with_float64(variant: str, num_streams: int, hidden_
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("num_streams", [2, 3, 4, 8])
 def test_identity_init_is_bitwise(num_streams: int, dtype: torch.dtype) -> None:
-    hidden, output = torch.randn(2, 9, 24, dtype=dtype), torch.randn(2, 9, 24, dtype=dtype)
+    hidden, output = (torch.randn(2, FEW // 2, 24, dtype=dtype) for _ in range(2))
     first, second = (
         HyperConnection(24, num_streams, residual_logit=1.0, branch_index=branch, kernel="triton") for branch in (0, 1)
     )
@@ -198,7 +203,7 @@ def loss_and_gradients(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["whole", "checkpointed"])
 def test_llama_agrees(checkpointed: bool) -> None:
-    model, tokens = connected(randomness=0.3), torch.arange(18).view(2, 9)
+    model, tokens = connected(randomness=0.3), torch.arange(FEW).view(2, -1)
     expected = loss_and_gradients(with_kernel(model, "torch"), tokens)
     triton = with_kernel(model, "triton").train()
     if checkpointed:
@@ -210,7 +215,7 @@ def test_llama_agrees(checkpointed: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_fresh_llama_is_the_base_bitwise(dtype: torch.dtype) -> None:
-    base, tokens = tiny_llama(dtype).eval(), torch.arange(18).view(2, 9)
+    base, tokens = tiny_llama(dtype).eval(), torch.arange(FEW).view(2, -1)
     with torch.no_grad():
         expected = base(tokens).logits
         model = with_kernel(apply_hyper_connections(base, 4), "triton")
