@@ -59,8 +59,6 @@ class Training:
 
     def step(self) -> float:
         """Trains on the next batch and returns its loss in nats per token."""
-        if self.convert_after and self.steps_done == self.convert_after:
-            self._convert()
         rows = next(self.batches).to(self.device)
         with self._autocast():
             loss = self.model(rows, labels=rows).loss
@@ -95,8 +93,14 @@ class Training:
         self.model.train(was_training)
         return total / len(windows)
 
-    def _convert(self) -> None:
-        """Gives the model its streams in the middle of the training; what the optimizers know of the backbone stays."""
+    def convert_when_due(self) -> None:
+        """Gives the model its streams, if that is before the next step; what the optimizers know of the backbone stays.
+
+        Raises:
+            RuntimeError: if the loss is not what it was.
+        """
+        if not self.convert_after or self.steps_done != self.convert_after:
+            return
         before = self.held_out_loss()
         known = {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
         self.model = adapted_model(self.arm, self.model).train()
@@ -137,6 +141,7 @@ def run(
     clock = time.process_time if device == "cpu" else time.perf_counter
     curve, training_curve, recent, seconds = [(0, training.initial_loss)], [], [], 0.0
     for step in range(1, arm.steps + 1):
+        training.convert_when_due()
         start = clock()
         recent.append(training.step())
         synchronize()

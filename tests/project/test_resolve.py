@@ -1,5 +1,6 @@
 """What the package asks for beside itself: the table of tools it goes beside, and the bounds that are promised."""
 
+import json
 import re
 import sys
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from torches import run as torches
 
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -48,12 +50,24 @@ def test_every_lower_bound_is_run_and_told():
     assert tuple(sorted(asked)) == tuple(sorted(resolve.BOUNDED))
     pins = map(Requirement, re.findall(r"^[\w-]+==.*", (PROJECT / "constraints-floor.txt").read_text("utf-8"), re.M))
     floor = {pin.name: Version(str(pin.specifier).removeprefix("==")) for pin in pins}
-    # torch is the exception that the page names: of old releases there is no build for CPUs alone to run.
+    # torch is the exception that the page names: old releases have no build for CPUs alone to run all tests with.
     assert floor == {name: lower(requirement) for name, requirement in asked.items() if name != "torch"}
     page = " ".join((PROJECT / "docs" / "installs-beside.md").read_text(encoding="utf-8").split())
     for name, version in floor.items():
         assert f"{name} {version}" in page
-    assert f"older ones from {lower(asked['torch'])} on have not been run" in page
+    assert (
+        f"On torch from {lower(asked['torch'])} on those of the arithmetic [have been run](torch-releases.md)" in page
+    )
+
+
+def test_every_release_of_torch_has_been_run_and_is_told():
+    page = PROJECT / "docs" / "torch-releases.md"
+    found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert tuple(found) == torches.RELEASES
+    assert Version(torches.RELEASES[0]) in bounds()["torch"].specifier
+    assert Version(torches.RELEASES[0]).release[:2] == lower(bounds()["torch"]).release[:2]
+    assert not any(row["failed"] for row in found.values())
+    assert torches.table(found) in page.read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -89,12 +89,11 @@ def test_a_model_converted_in_the_middle_goes_on_where_it_was(tmp_path):
     assert not has_hyper_connections(other.model)
     weight = first.model.model.layers[0].mlp.up_proj.weight
     moments = first.optimizers[-1].state[weight]["exp_avg"].clone()
-    other._convert()
+    other.convert_when_due()
     assert has_hyper_connections(other.model)
     state = other.optimizers[-1].state[other.model.model.layers[0].mlp.up_proj.weight]
     assert torch.equal(state["exp_avg"], moments)
     assert other.held_out_loss() == pytest.approx(first.held_out_loss(), rel=study_training.START_TOLERANCE)
-    other.convert_after = 0
     # The streams are equal as yet, so the step after the conversion still has the loss of the plain model.
     assert other.step() == pytest.approx(first.step(), rel=study_training.START_TOLERANCE)
     assert other.step() != first.step()
