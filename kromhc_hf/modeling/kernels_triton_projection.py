@@ -96,7 +96,7 @@ def _factor(weight: Tensor, dtype: torch.dtype) -> Tensor:
     weight = weight.contiguous()
     if dtype != torch.bfloat16:
         return weight
-    parts = torch.empty(2, *weight.shape, dtype=dtype, device=weight.device)
+    parts = torch.empty(PARTS.value, *weight.shape, dtype=dtype, device=weight.device)
     run(_split, (-(-weight.numel() // 1024),), weight, parts, weight.numel(), 1024)
     return parts
 
