@@ -140,16 +140,15 @@ class HyperConnection(StreamModule):
         """
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
-        dtype = self._dtype(streams)
+        bias, alpha, dtype = self.bias, self.alpha, self._dtype(streams)
         connect = select_connect(
             self.kernel, streams, dtype, self.num_streams, self.hidden_size, self.options["variant"]
         )
-        bias, alpha = (optional_cast(p, dtype) for p in (self.bias, self.alpha))
         assert bias is not None
         # A compiler chooses by itself what it keeps, from the graph that it sees.
         branches = 0 if torch.compiler.is_compiling() else branches
         with without_autocast(streams):
-            weight = self._weight(dtype)
+            weight, bias, alpha = self._weight(dtype), cast(bias, dtype), optional_cast(alpha, dtype)
             branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps, branches)
             if self.read_down is not None and self.read_up is not None:
                 added = gated_part(streams, cast(self.read_down, dtype), cast(self.read_up, dtype), self.eps)
@@ -170,7 +169,8 @@ class HyperConnection(StreamModule):
         assert self.bias is not None
         with without_autocast(streams):
             projected = self._projected(streams.to(dtype))
-            return Mappings(*self.mixing.mappings(*projected, self.bias, self.alpha, self.eps, leading))
+            bias, alpha = cast(self.bias, dtype), optional_cast(self.alpha, dtype)
+            return Mappings(*self.mixing.mappings(*projected, bias, alpha, leading))
 
     def _dtype(self, streams: Tensor) -> torch.dtype:
         """What coefficients are computed in."""
@@ -181,19 +181,18 @@ class HyperConnection(StreamModule):
         return torch.promote_types(torch.promote_types(own, streams.dtype), torch.float32)
 
     def _projected(self, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The products of the features with the weight `[..., G, outputs]` and their mean squares `[..., G]`."""
+        """The products of the features with the weight `[..., G, outputs]` and mean squares `[..., G]`, eps added."""
         weight = self._weight(wide.dtype)
         if weight is None:
             return None, None
         features = wide.flatten(-2).unflatten(-1, (-1, weight.shape[1]))
-        return F.linear(features, weight), features.square().mean(-1)
+        return F.linear(features, weight), features.square().mean(-1) + self.eps
 
     def _weight(self, dtype: torch.dtype) -> Tensor | None:
         """What predicts the mappings, `[outputs, width]`; None if they are static."""
         if self.alpha is None:
             return None
-        parts = [cast(getattr(self, name), dtype) for name in self.weight_shapes]
-        return self.generator.weight(parts, self.mixing)
+        return self.generator.weight([cast(getattr(self, name), dtype) for name in self.weight_shapes], self.mixing)
 
     def extra_repr(self) -> str:
         mode = "dynamic" if self.options["dynamic"] else "static"

@@ -52,7 +52,8 @@ def connect_passes(
     origin = origin_of(streams, branches)
     with saved_as(streams, origin):
         products, squares = (None, None) if weight is None else passes.project(tokens, weight)
-        h_pre, h_post, h_res = mixing.mappings(products, squares, bias, alpha, eps, tokens.shape[:1])
+        squares = None if squares is None else squares + eps
+        h_pre, h_post, h_res = mixing.mappings(products, squares, bias, alpha, tokens.shape[:1])
         branch_input = passes.read(tokens, h_pre)
     depth = _depth_connection(
         tokens, h_res, h_post, mixing.rows_sum_to_one, streams.shape, origin, branches, passes.write

@@ -18,21 +18,23 @@ from torch import Tensor
 
 from .kernels_eager_passes import (
     Streams,
+    all_equal,
     correlation,
     different,
     gap_to_one,
     held,
+    in_spans,
+    narrow,
     product,
     project,
     read,
-    spans,
     store,
     streams_gradient,
     transformed,
     weight_gradient,
     write,
 )
-from .mixing import IfDynamic, Mixing, cast
+from .mixing import IfDynamic, Mixing, cast, may_look, number
 from .recomputation import Origin, origin_of, remember
 
 
@@ -41,11 +43,15 @@ from .recomputation import Origin, origin_of, remember
 FEW_TOKENS, FEW_PRODUCTS = 16, 1 << 17
 
 
+AS_IT_IS = nullcontext()
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Leaves autocast; where there is none to leave, at no cost. Meta tensors know none."""
     device = tensor.device.type
-    known = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if known else nullcontext()
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return AS_IT_IS
+    return torch.autocast(device, enabled=False)
 
 
 class WidthConnection(torch.autograd.Function):
@@ -69,8 +75,8 @@ class WidthConnection(torch.autograd.Function):
         origin: Origin | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokens = streams.flatten(0, -3)
-        products, squares = project(tokens, weight)
-        h_pre, h_post, h_res = mixing.mappings(products, squares, bias, alpha, eps, tokens.shape[:1])
+        products, squares = project(tokens, weight, eps)
+        h_pre, h_post, h_res = mixing.mappings(products, squares, bias, alpha, tokens.shape[:1])
         ctx.save_for_backward(None if origin else streams, weight, bias, alpha, products, squares)
         ctx.mixing, ctx.eps, ctx.origin = mixing, eps, origin
         ctx.mark_non_differentiable(h_res)
@@ -95,7 +101,7 @@ class WidthConnection(torch.autograd.Function):
             grad_mixed = None if grad_mixed is None else different(grad_mixed)
             leaves = [None if t is None else t.detach().requires_grad_() for t in (products, squares, bias, alpha)]
             with torch.enable_grad():
-                mappings = ctx.mixing.mappings(*leaves, ctx.eps, tokens.shape[:1])
+                mappings = ctx.mixing.mappings(*leaves, tokens.shape[:1])
             h_pre, _, h_res = (mapping.detach() for mapping in mappings)
             if grad_mixed is not None and grad_mixed.shape[1] < h_res.shape[1]:
                 h_res = h_res.sum(1, keepdim=True)
@@ -154,9 +160,8 @@ class DepthConnection(torch.autograd.Function):
                 rows = grad_output.view(tokens.shape[0], 1, -1)
                 weights = (h_post if tokens.shape[1] > 1 else h_post.sum(-1, keepdim=True)).unsqueeze(1)
                 dtype = held(tokens, h_post.dtype)
-                for span in spans(tokens, dtype):
-                    part = rows[span]
-                    store(part, product(weights[span], tokens[span].to(dtype), part))
+                for part, weight, place in in_spans(dtype, tokens, weights, rows):
+                    store(place, product(weight, cast(part, dtype), place))
             grad = tokens.view(*grad.shape[:-2], *tokens.shape[1:]).expand(grad.shape)
         return grad, grad_h_post, grad_output, None, None, None, None
 
@@ -230,12 +235,14 @@ def connect(
         return branch_input, write_back_with_gradients
 
     tokens = streams.flatten(0, -3)
-    h_pre, h_post, h_res = mixing.mappings(*project(tokens, weight), bias, alpha, eps, tokens.shape[:1])
-    looked_at = Streams.of(tokens)
-    branch_input = read(looked_at, h_pre)
+    h_pre, h_post, logits = mixing.weights_and_logits(*project(tokens, weight, eps), bias, alpha)
+    looked_at, count = Streams.of(tokens), len(tokens)
+    branch_input = read(looked_at, h_pre.expand(count, -1))
 
     def write_back(branch_output: Tensor) -> Tensor:
-        return write(looked_at, h_res, h_post, branch_output.flatten(0, -2), sum_to_one).view(streams.shape)
+        h_res = None if looked_at.stay(sum_to_one) else mixing.matrix(logits).expand(count, -1, -1)
+        output = branch_output.flatten(0, -2)
+        return write(looked_at, h_res, h_post.expand(count, -1), output, sum_to_one).view(streams.shape)
 
     return branch_input.view(*streams.shape[:-2], -1), write_back
 
@@ -248,16 +255,15 @@ def connect_reference(
     Decoding takes it too, where the number of operations counts and not the size of what they move. Autograd keeps what
     it keeps, whatever `branches` says.
     """
-    tokens = streams.flatten(0, -3)
+    tokens, shape = streams.flatten(0, -3), streams.shape
     wide, branch_input, h_post, logits = width_reference(tokens, weight, bias, alpha, mixing, eps)
 
     def write_back(branch_output: Tensor) -> Tensor:
-        output = branch_output.reshape(tokens.shape[0], 1, -1)
         mixed = wide if logits is None else mixing.mix(wide, logits)
-        mixed = torch.addcmul(mixed, h_post.unsqueeze(-1), output)
-        return cast(mixed, streams.dtype).reshape(streams.shape)
+        mixed = torch.addcmul(mixed, h_post.unsqueeze(-1), branch_output.reshape(-1, 1, shape[-1]))
+        return cast(mixed, streams.dtype).reshape(shape)
 
-    return cast(branch_input, streams.dtype).reshape(*streams.shape[:-2], -1), write_back
+    return cast(branch_input, streams.dtype).reshape(*shape[:-2], -1), write_back
 
 
 def width_reference(
@@ -268,18 +274,20 @@ def width_reference(
     There are no logits where mixing leaves the streams as they are: equal ones, by rows that sum to 1.
     """
     wide = cast(tokens, bias.dtype)
+    looks = may_look(wide) and not transformed()
     products, squares = None, None
     if weight is not None:
-        rows = wide.reshape(tokens.shape[0], -1, weight.shape[1])
-        products, squares = F.linear(rows, weight), (rows * rows).mean(-1)
-    h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha, eps)
-    form = "differences" if transformed() else Streams.of(wide).form
+        width = weight.shape[1]
+        rows = wide.reshape(tokens.shape[0], -1, width)
+        products = F.linear(rows, weight)
+        squares = torch.add(number(eps, rows), (rows * rows).sum(-1), alpha=1 / width)
+    h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha)
     # Not a batched product, for which a library would wake up all threads.
-    if form == "plain":
+    if looks and not all_equal(wide) or narrow(wide):
         return wide, (h_pre.unsqueeze(-1) * wide).sum(1, keepdim=True), h_post, logits
     first = wide[:, :1]
     branch_input = torch.addcmul(first, gap_to_one(h_pre).unsqueeze(-1), first)
-    if form == "equal" and not torch.is_grad_enabled():
+    if looks and not torch.is_grad_enabled():
         return wide, branch_input, h_post, None if mixing.rows_sum_to_one else logits
     rest = (h_pre[..., 1:, None] * (wide[:, 1:] - first)).sum(1, keepdim=True)
     return wide, branch_input + rest, h_post, logits

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .mixing import snap_distance
+from .mixing import cast, may_look, number, snap_distance
 
 
 # A span of wide streams should share a level 2 cache of 1 MiB per core with its sources; a GPU needs parallel work.
@@ -46,6 +46,14 @@ def spans(streams: Tensor, dtype: torch.dtype) -> list[slice]:
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
+def in_spans(dtype: torch.dtype, tokens: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tensors span by span, see `spans`; as they are where one span has all tokens."""
+    found = spans(tokens, dtype)
+    if len(found) == 1:
+        return [(tokens, *others)]
+    return [tuple(tensor[span] for tensor in (tokens, *others)) for span in found]
+
+
 def halves(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
     """Two narrow numbers for each coefficient, which sum to it up to the square of their rounding, `[..., 2, last]`."""
     *leading, last = coefficients.shape
@@ -55,8 +63,8 @@ def halves(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def project(streams: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The thin product and the norm behind it: products `[T, G, k]` and mean squares `[T, G]`.
+def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor | None]:
+    """The thin product and the norm behind it: products `[T, G, k]`, and mean squares with eps added `[T, G]`.
 
     `weight` is `[k, n * C / G]`: all features of a token together (G = 1) or each stream by itself (G = n). What the
     norm divides by follows later, on k numbers instead of n * C features.
@@ -71,19 +79,23 @@ def project(streams: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tens
     dtype = held(streams, weight.dtype)
     whole = dtype == weight.dtype
     factor = padded if whole else halves(padded, dtype).flatten(0, 1)
-    products = streams.new_empty(tokens * groups, len(padded) if whole else outputs, dtype=weight.dtype)
-    norms = streams.new_empty(tokens * groups, dtype=weight.dtype)
-    for span in spans(streams, dtype):
-        rows = streams[span].reshape(-1, width).to(dtype)
-        place = slice(span.start * groups, span.start * groups + len(rows))
-        torch.linalg.vector_norm(rows, dim=-1, dtype=norms.dtype, out=norms[place])
+    products, norms = [], []
+    for (part,) in in_spans(dtype, streams):
+        rows = cast(part.reshape(-1, width), dtype)
+        norms.append(torch.linalg.vector_norm(rows, dim=-1, dtype=weight.dtype))
         if whole:
-            torch.mm(rows, factor.t(), out=products[place])
+            products.append(torch.mm(rows, factor.t())[:, :outputs].contiguous())
         else:
             by_half = wide_sums(rows.unsqueeze(0), factor.t().unsqueeze(0)).squeeze(0).unflatten(-1, (-1, 2))
-            torch.sum(by_half[:, :outputs], -1, out=products[place])
-    products = products[:, :outputs].contiguous().view(tokens, groups, outputs)
-    return products, norms.square_().div_(width).view(tokens, groups)
+            products.append(by_half[:, :outputs].sum(-1))
+    norm = joined(norms)
+    squares = torch.addcmul(number(eps, norm), norm, norm, value=1 / width)
+    return joined(products).view(tokens, groups, outputs), squares.view(tokens, groups)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """One tensor of those of spans."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def transformed() -> bool:
@@ -131,64 +143,60 @@ class Streams(NamedTuple):
             return cls(tokens, "differences")
         return cls(tokens, "equal" if all_equal(tokens) else "plain")
 
-    def sums(self, weights: Tensor, span: slice, out: Tensor, sum_to_one: bool = False) -> Tensor:
+    def stay(self, rows_sum_to_one: bool) -> bool:
+        """Whether mixing leaves the streams as they are: equal ones, by rows that sum to 1."""
+        return rows_sum_to_one and self.form == "equal"
+
+    def sums(self, weights: Tensor, streams: Tensor, out: Tensor, sum_to_one: bool = False) -> Tensor:
         """`sum_j weights[t, i, j] streams[t, j]` of a span, `[T, i, n]` -> `[T, i, C]`, in `out` or wider than that."""
-        weights, streams = weights[span], self.tokens[span]
         if self.form == "plain":
-            return product(weights, streams.to(held(streams, weights.dtype)), out)
-        first = streams[:, :1].to(weights.dtype)
+            return product(weights, cast(streams, held(streams, weights.dtype)), out)
+        first = cast(streams[:, :1], weights.dtype)
         if self.form == "equal":
             # Without differences the sum of the weights is all that counts.
-            wide = out if out.dtype == weights.dtype else first.new_empty(out.shape)
-            return wide.copy_(first) if sum_to_one else torch.mul(first_weight(weights), first, out=wide)
+            return torch.mul(first_weight(weights), first, out=out if out.dtype == weights.dtype else None)
         # The differences of equal streams are exactly 0, and 0 whatever they are weighted with. What they are added to
         # is no factor of the product, which may be cut to TF32.
         total = first.expand(-1, weights.shape[1], -1) if sum_to_one else first_weight(weights) * first
-        differences = streams[:, 1:].to(weights.dtype) - first
+        differences = cast(streams[:, 1:], weights.dtype) - first
         place = out if out.dtype == weights.dtype else None
         return torch.baddbmm(total, weights[..., 1:], differences, out=place)
-
-
-def may_look(streams: Tensor) -> bool:
-    """Whether the values may be looked at, which is free on a CPU; a traced or a fake tensor has none."""
-    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return streams.device.type == "cpu" and type(streams) is Tensor and not traced
 
 
 def all_equal(streams: Tensor) -> bool:
     """Whether every token `[T, n, C]` has n equal streams. Streams that differ mostly do so in the first token."""
     if streams.stride(1) == 0:
         return True
-    if len(streams) == 1:
-        return torch.equal(streams[:, :-1], streams[:, 1:])
+    if streams.shape[0] > 0 and not torch.equal(streams[0, :-1], streams[0, 1:]):
+        return False
     # Compared bit by bit, in the widest pieces: twice as fast in fp32 as number by number.
     count = 8 // streams.itemsize
     if count > 1 and streams.is_contiguous() and streams.shape[2] % count == streams.storage_offset() % count == 0:
         streams = streams.view(torch.int64)
-    above, below = streams[:, :-1], streams[:, 1:]
-    return torch.equal(above[:1], below[:1]) and torch.equal(above, below)
+    return streams.shape[0] < 2 or torch.equal(streams[:, :-1], streams[:, 1:])
 
 
 def read(streams: Streams, h_pre: Tensor) -> Tensor:
     """`sum_j h_pre[j] streams[j]`, `[T, C]` in the dtype of the streams."""
     tokens = streams.tokens
     out = tokens.new_empty(tokens.shape[0], 1, tokens.shape[2])
-    for span in spans(tokens, held(tokens, h_pre.dtype)):
-        part = out[span]
-        store(part, streams.sums(h_pre.unsqueeze(1), span, part))
+    for part, weights, place in in_spans(held(tokens, h_pre.dtype), tokens, h_pre.unsqueeze(1), out):
+        store(place, streams.sums(weights, part, place))
     return out.squeeze(1)
 
 
-def write(streams: Streams, h_res: Tensor, h_post: Tensor, branch_output: Tensor, rows_sum_to_one: bool) -> Tensor:
-    """`sum_j h_res[i, j] streams[j] + h_post[i] branch_output`, `[T, n, C]`."""
-    tokens = streams.tokens
-    out = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-    dtype = held(tokens, h_post.dtype)
-    for span in spans(tokens, dtype):
-        part = out[span]
-        mixed = streams.sums(h_res, span, part, rows_sum_to_one)
-        output = branch_output[span].unsqueeze(1).to(dtype)
-        store(part, mixed.addcmul_(h_post[span].unsqueeze(-1), output))
+def write(
+    streams: Streams, h_res: Tensor | None, h_post: Tensor, branch_output: Tensor, rows_sum_to_one: bool
+) -> Tensor:
+    """`sum_j h_res[i, j] streams[j] + h_post[i] branch_output`, `[T, n, C]`; no h_res where the streams stay."""
+    tokens, stay = streams.tokens, streams.stay(rows_sum_to_one)
+    out, dtype = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device), held(tokens, h_post.dtype)
+    weights = h_post if h_res is None else h_res
+    gates, outputs = h_post.unsqueeze(-1), branch_output.unsqueeze(1)
+    for part, weight, gate, output, place in in_spans(dtype, tokens, weights, gates, outputs, out):
+        mixed = cast(part[:, :1], dtype) if stay else streams.sums(weight, part, place, rows_sum_to_one)
+        there = place if place.dtype == mixed.dtype else None
+        store(place, torch.addcmul(mixed, gate, cast(output, dtype), out=there))
     return out
 
 
@@ -232,12 +240,9 @@ def correlation(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         return correlation(left, right[:, :1], dtype).expand(-1, -1, right.shape[1])
     left, factors = left.contiguous(), held(right, dtype)
     if factors != dtype:
-        sums = [wide_sums(left[span], right[span].mT) for span in spans(right, factors)]
-        return sums[0] if len(sums) == 1 else torch.cat(sums)
-    out = left.new_empty(len(left), left.shape[1], right.shape[1], dtype=dtype)
-    for span in spans(right, dtype):
-        torch.bmm(left[span].to(dtype), right[span].to(dtype).mT, out=out[span])
-    return out
+        return joined([wide_sums(others, part.mT) for part, others in in_spans(factors, right, left)])
+    parts = in_spans(dtype, right, left)
+    return joined([torch.bmm(cast(others, dtype), cast(part, dtype).mT) for part, others in parts])
 
 
 def streams_gradient(

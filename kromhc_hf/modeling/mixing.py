@@ -1,10 +1,11 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """What a variant must say, how its logits become mappings, and the invariant that most of them keep."""
 
+import functools
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .option_table import SINKHORN_ITERATIONS
 
@@ -115,27 +116,33 @@ class Mixing:
         half = torch.sigmoid(post)
         return torch.sigmoid(pre), half + half  # exactly twice, without making a tensor of the 2
 
+    def gated(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`h_pre [..., n]`, `h_post [..., n]` and the residual logits, from all logits `[..., n + n + num_logits]`."""
+        pre, post, residual = logits.split_with_sizes(self.sizes, -1)
+        return *self.gates(pre, post), residual
+
+    def by_output(self, alpha: Tensor) -> Tensor:
+        """What each prediction is multiplied with, `[n + n + num_logits]`, from a number per mapping, `[3]`."""
+        if may_look(alpha):
+            return alpha.index_select(0, _mapping_of_outputs(self.sizes))
+        parts = alpha.unsqueeze(-1).unbind()
+        return torch.cat([part.expand(size) for part, size in zip(parts, self.sizes)])
+
     def weights_and_logits(
-        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None, eps: float
+        self, products: Tensor | None, squares: Tensor | None, bias: Tensor, alpha: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`h_pre [..., n]`, `h_post [..., n]` and the residual logits; without leading dimensions if static.
 
         Args:
             products: as in `predict`; None if the mappings are static.
-            squares: the mean squares of the groups `[..., G]`, None with them.
+            squares: the mean squares of the groups, to which eps is added, `[..., G]`; None with them.
             bias: the static part `[n + n + num_logits]`.
             alpha: what the predictions for read weights, write weights and mixing are multiplied with, `[3]`.
-            eps: added to the mean squares.
         """
-        dtype = bias.dtype if products is None else products.dtype
-        pre, post, residual = cast(bias, dtype).split_with_sizes(self.sizes)
-        if products is not None and squares is not None and alpha is not None:
-            dynamic = self.predict(products, torch.rsqrt(squares + eps).unsqueeze(-1))
-            by_pre, by_post, by_residual = dynamic.split_with_sizes(self.sizes, -1)
-            of_pre, of_post, of_residual = cast(alpha, dtype).unbind()
-            pre, post = torch.addcmul(pre, of_pre, by_pre), torch.addcmul(post, of_post, by_post)
-            residual = torch.addcmul(residual, of_residual, by_residual)
-        return *self.gates(pre, post), residual
+        if products is None or squares is None or alpha is None:
+            return self.gated(bias)
+        dynamic = self.predict(products, torch.rsqrt(squares).unsqueeze(-1))
+        return self.gated(torch.addcmul(bias, self.by_output(alpha), dynamic))
 
     def mappings(
         self,
@@ -143,11 +150,10 @@ class Mixing:
         squares: Tensor | None,
         bias: Tensor,
         alpha: Tensor | None,
-        eps: float,
         leading: tuple[int, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`h_pre [..., n]`, `h_post [..., n]` and `h_res [..., n, n]`, with these leading dimensions also if static."""
-        h_pre, h_post, logits = self.weights_and_logits(products, squares, bias, alpha, eps)
+        h_pre, h_post, logits = self.weights_and_logits(products, squares, bias, alpha)
         h_res = self.matrix(logits)
         if products is not None:
             return h_pre, h_post, h_res
@@ -194,6 +200,32 @@ def uneven_weights(favoured: Tensor) -> Tensor:
     n = favoured.numel()
     # The dtype is explicit because models are built under their own default dtype.
     return torch.full((n,), 1 / (2 * n), dtype=torch.float64).masked_fill(favoured, (n + 1) / (2 * n))
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether the values may be looked at, which is free on a CPU; a traced or a fake tensor has none."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter)
+
+
+# Operations that are given a number make a tensor of it first, which takes longer than what they do for a token. What
+# is made in inference mode could not be saved for a backward pass.
+@functools.cache
+def _kept_number(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+@functools.cache
+def _mapping_of_outputs(sizes: tuple[int, ...]) -> Tensor:
+    """Which mapping each output belongs to."""
+    with torch.inference_mode(False):
+        return torch.tensor([mapping for mapping, size in enumerate(sizes) for _ in range(size)], device="cpu")
+
+
+def number(value: float, like: Tensor) -> Tensor:
+    """A number as a tensor without dimensions; made once where that may be."""
+    return _kept_number(value, like.dtype) if may_look(like) else like.new_full((), value)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

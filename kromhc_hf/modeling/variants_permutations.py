@@ -33,7 +33,7 @@ def prime_factors(number: int) -> tuple[int, ...]:
 def kronecker(left: Tensor, right: Tensor) -> Tensor:
     """The Kronecker product of the last two dimensions: `[..., i, i]` and `[..., j, j]` -> `[..., ij, ij]`."""
     size = left.shape[-1] * right.shape[-1]
-    product = left[..., :, None, :, None] * right[..., None, :, None, :]
+    product = left.unsqueeze(-1).unsqueeze(-3) * right.unsqueeze(-2).unsqueeze(-4)
     return product.reshape(*left.shape[:-2], size, size)
 
 
@@ -98,10 +98,8 @@ class KromHCMixing(Mixing):
         ones = (1,) * (len(self.factors) + 1)
         if self.twos:
             swaps = torch.sigmoid(self._of_twos(logits))
-            swaps = swaps.view(*swaps.shape, *ones)
-            for position in range(self.twos):
-                flipped = mixed.flip(position - len(ones))
-                mixed = torch.lerp(mixed, flipped, swaps.select(-len(ones) - 1, position))
+            for dim, swap in enumerate(swaps.view(*swaps.shape, *ones).unbind(-len(ones) - 1), start=-len(ones)):
+                mixed = torch.lerp(mixed, mixed.flip(dim), swap)
         for position, factor_logits in self._larger_factors(logits):
             size, dim, source = self.factors[position], position - len(ones), mixed
             factor = permutation_mixture(factor_logits, permutations(range(size)))
