@@ -150,8 +150,9 @@ class HyperConnection(StreamModule):
         with without_autocast(streams):
             weight, bias, alpha = self._weight(dtype), cast(bias, dtype), optional_cast(alpha, dtype)
             branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps, branches)
-            if self.read_down is not None and self.read_up is not None:
-                added = gated_part(streams, cast(self.read_down, dtype), cast(self.read_up, dtype), self.eps)
+            if self.options["read"] == "gated":
+                down, up = (cast(getattr(self, name), dtype) for name in ("read_down", "read_up"))
+                added = gated_part(streams, down, up, self.eps)
                 branch_input = cast(cast(branch_input, dtype) + added, streams.dtype)
 
         def write(branch_output: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from .kernels_eager_passes import (
     weight_gradient,
     write,
 )
-from .mixing import IfDynamic, Mixing, cast, may_look, number
+from .mixing import IfDynamic, Mixing, cast, for_tokens, may_look, number
 from .recomputation import Origin, origin_of, remember
 
 
@@ -236,13 +236,13 @@ def connect(
 
     tokens = streams.flatten(0, -3)
     h_pre, h_post, logits = mixing.weights_and_logits(*project(tokens, weight, eps), bias, alpha)
-    looked_at, count = Streams.of(tokens), len(tokens)
-    branch_input = read(looked_at, h_pre.expand(count, -1))
+    looked_at = Streams.of(tokens)
+    branch_input = read(looked_at, for_tokens(h_pre, tokens.shape[:1]))
 
     def write_back(branch_output: Tensor) -> Tensor:
-        h_res = None if looked_at.stay(sum_to_one) else mixing.matrix(logits).expand(count, -1, -1)
+        h_res = None if looked_at.stay(sum_to_one) else for_tokens(mixing.matrix(logits), tokens.shape[:1], 2)
         output = branch_output.flatten(0, -2)
-        return write(looked_at, h_res, h_post.expand(count, -1), output, sum_to_one).view(streams.shape)
+        return write(looked_at, h_res, for_tokens(h_post, tokens.shape[:1]), output, sum_to_one).view(streams.shape)
 
     return branch_input.view(*streams.shape[:-2], -1), write_back
 

@@ -111,7 +111,7 @@ def gap_to_one(weights: Tensor) -> Tensor:
 
     Not `snapped_sum` less 1, which would round once more. Gradients do not notice.
     """
-    gap = weights.sum(-1, keepdim=True).sub_(1)
+    gap = weights.sum(-1, keepdim=True).sub_(number(1, weights))
     if not (gap.requires_grad or transformed()):
         return F.hardshrink(gap, snap_distance(weights.dtype))
     fixed = gap.detach()
@@ -120,7 +120,7 @@ def gap_to_one(weights: Tensor) -> Tensor:
 
 def first_weight(weights: Tensor) -> Tensor:
     """What the first stream weighs beside the differences, `[..., n]` -> `[..., 1]`: the sum of the weights."""
-    return gap_to_one(weights) + 1
+    return gap_to_one(weights) + number(1, weights)
 
 
 class Streams(NamedTuple):
@@ -167,8 +167,11 @@ def all_equal(streams: Tensor) -> bool:
     """Whether every token `[T, n, C]` has n equal streams. Streams that differ mostly do so in the first token."""
     if streams.stride(1) == 0:
         return True
-    if streams.shape[0] > 0 and not torch.equal(streams[0, :-1], streams[0, 1:]):
-        return False
+    if streams.shape[0] > 0:
+        first, *others = streams[0].unbind()
+        for other in others:
+            if not torch.equal(first, other):
+                return False
     # Compared bit by bit, in the widest pieces: twice as fast in fp32 as number by number.
     count = 8 // streams.itemsize
     if count > 1 and streams.is_contiguous() and streams.shape[2] % count == streams.storage_offset() % count == 0:

@@ -123,7 +123,7 @@ class Mixing:
 
     def by_output(self, alpha: Tensor) -> Tensor:
         """What each prediction is multiplied with, `[n + n + num_logits]`, from a number per mapping, `[3]`."""
-        if may_look(alpha):
+        if keeps(alpha):
             return alpha.index_select(0, _mapping_of_outputs(self.sizes))
         parts = alpha.unsqueeze(-1).unbind()
         return torch.cat([part.expand(size) for part, size in zip(parts, self.sizes)])
@@ -155,9 +155,7 @@ class Mixing:
         """`h_pre [..., n]`, `h_post [..., n]` and `h_res [..., n, n]`, with these leading dimensions also if static."""
         h_pre, h_post, logits = self.weights_and_logits(products, squares, bias, alpha)
         h_res = self.matrix(logits)
-        if products is not None:
-            return h_pre, h_post, h_res
-        return h_pre.expand(*leading, -1), h_post.expand(*leading, -1), h_res.expand(*leading, -1, -1)
+        return for_tokens(h_pre, leading), for_tokens(h_post, leading), for_tokens(h_res, leading, 2)
 
 
 class DenseMixing(Mixing):
@@ -204,8 +202,12 @@ def uneven_weights(favoured: Tensor) -> Tensor:
 
 def may_look(tensor: Tensor) -> bool:
     """Whether the values may be looked at, which is free on a CPU; a traced or a fake tensor has none."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not traced and tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter)
+    return keeps(tensor) and not torch.jit.is_tracing()
+
+
+def keeps(beside: Tensor) -> bool:
+    """Whether a small tensor that is always the same may be made once, to be used beside this one."""
+    return beside.is_cpu and type(beside) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 
 
 # Operations that are given a number make a tensor of it first, which takes longer than what they do for a token. What
@@ -225,7 +227,12 @@ def _mapping_of_outputs(sizes: tuple[int, ...]) -> Tensor:
 
 def number(value: float, like: Tensor) -> Tensor:
     """A number as a tensor without dimensions; made once where that may be."""
-    return _kept_number(value, like.dtype) if may_look(like) else like.new_full((), value)
+    return _kept_number(value, like.dtype) if keeps(like) else like.new_full((), value)
+
+
+def for_tokens(mapping: Tensor, leading: tuple[int, ...], dims: int = 1) -> Tensor:
+    """A mapping with these leading dimensions, if it has none since it is static; its own last ones are `dims`."""
+    return mapping.expand(*leading, *mapping.shape) if mapping.dim() == dims else mapping
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixing import DenseMixing, Mixing, widest_dtype
+from .mixing import DenseMixing, Mixing, number, widest_dtype
 from .option_table import SINKHORN_ITERATIONS
 
 
@@ -125,7 +125,7 @@ class KromHCMixing(Mixing):
         if not self.factors:
             return logits.new_ones(*logits.shape[:-1], 1, 1)
         swap = torch.sigmoid(self._of_twos(logits))
-        keep = 1 - swap
+        keep = number(1, swap) - swap
         factors = list(torch.stack([keep, swap, swap, keep], dim=-1).view(*swap.shape, 2, 2).unbind(-3))
         factors += [
             permutation_mixture(part, permutations(range(self.factors[position])))
