@@ -9,8 +9,8 @@ from torch import Tensor
 from .kernels_check import fault, found_at_fault
 from .kernels_connect import COMPOSITE, Connect, connect_passes, connect_triton
 from .kernels_eager import connect, connect_reference
-from .kernels_eager_passes import transformed
 from .kernels_triton_language import AVAILABLE, DTYPES, INTERPRETED, LARGEST_STREAMS
+from .known_values import transformed
 
 
 KERNELS = ("auto", "torch", "triton", "reference")

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .kernels_eager_passes import (
     Streams,
-    all_equal,
     correlation,
     different,
     gap_to_one,
@@ -30,11 +29,11 @@ from .kernels_eager_passes import (
     read,
     store,
     streams_gradient,
-    transformed,
     weight_gradient,
     write,
 )
-from .mixing import IfDynamic, Mixing, cast, for_tokens, may_look, number
+from .known_values import all_equal, may_look, number, transformed
+from .mixing import IfDynamic, Mixing, cast, for_tokens
 from .recomputation import Origin, origin_of, remember
 
 
@@ -74,14 +73,15 @@ class WidthConnection(torch.autograd.Function):
         eps: float,
         origin: Origin | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tokens = streams.flatten(0, -3)
+        looked_at = Streams.of(streams.flatten(0, -3))
+        tokens = looked_at.tokens
         products, squares = project(tokens, weight, eps)
         h_pre, h_post, h_res = mixing.mappings(products, squares, bias, alpha, tokens.shape[:1])
         ctx.save_for_backward(None if origin else streams, weight, bias, alpha, products, squares)
         ctx.mixing, ctx.eps, ctx.origin = mixing, eps, origin
         ctx.mark_non_differentiable(h_res)
         ctx.set_materialize_grads(False)
-        branch_input = read(Streams.of(tokens), h_pre)
+        branch_input = read(looked_at, h_pre)
         return branch_input.view(*streams.shape[:-2], -1), h_post, streams.detach(), h_res
 
     @staticmethod
@@ -234,15 +234,21 @@ def connect(
 
         return branch_input, write_back_with_gradients
 
-    tokens = streams.flatten(0, -3)
+    looked_at = Streams.of(streams.flatten(0, -3))
+    tokens = looked_at.tokens
     h_pre, h_post, logits = mixing.weights_and_logits(*project(tokens, weight, eps), bias, alpha)
-    looked_at = Streams.of(tokens)
     branch_input = read(looked_at, for_tokens(h_pre, tokens.shape[:1]))
 
     def write_back(branch_output: Tensor) -> Tensor:
-        h_res = None if looked_at.stay(sum_to_one) else for_tokens(mixing.matrix(logits), tokens.shape[:1], 2)
-        output = branch_output.flatten(0, -2)
-        return write(looked_at, h_res, for_tokens(h_post, tokens.shape[:1]), output, sum_to_one).view(streams.shape)
+        output, gates = branch_output.flatten(0, -2), for_tokens(h_post, tokens.shape[:1])
+        if not looked_at.stay(sum_to_one):
+            h_res = for_tokens(mixing.matrix(logits), tokens.shape[:1], 2)
+            return write(looked_at, h_res, gates, output, sum_to_one).view(streams.shape)
+        if not torch.equal(gates, gates[:, :1].expand_as(gates)):
+            return write(looked_at, None, gates, output, sum_to_one).view(streams.shape)
+        # They stay equal, and one is enough.
+        one = write(Streams(tokens[:, :1], "equal"), None, gates[:, :1], output, sum_to_one)
+        return one.view(*streams.shape[:-2], 1, -1).expand(streams.shape)
 
     return branch_input.view(*streams.shape[:-2], -1), write_back
 
@@ -283,7 +289,7 @@ def width_reference(
         squares = torch.add(number(eps, rows), (rows * rows).sum(-1), alpha=1 / width)
     h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha)
     # Not a batched product, for which a library would wake up all threads.
-    if looks and not all_equal(wide) or narrow(wide):
+    if (looks and not all_equal(wide)) or narrow(wide):
         return wide, (h_pre.unsqueeze(-1) * wide).sum(1, keepdim=True), h_post, logits
     first = wide[:, :1]
     branch_input = torch.addcmul(first, gap_to_one(h_pre).unsqueeze(-1), first)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .mixing import cast, may_look, number, snap_distance
+from .known_values import all_equal, may_look, number, transformed
+from .mixing import cast, snap_distance
 
 
 # A span of wide streams should share a level 2 cache of 1 MiB per core with its sources; a GPU needs parallel work.
@@ -67,15 +67,20 @@ def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor 
     """The thin product and the norm behind it: products `[T, G, k]`, and mean squares with eps added `[T, G]`.
 
     `weight` is `[k, n * C / G]`: all features of a token together (G = 1) or each stream by itself (G = n). What the
-    norm divides by follows later, on k numbers instead of n * C features.
+    norm divides by follows later, on k numbers instead of n * C features. Of streams that are one, expanded, this one
+    is projected, with the sum of their weights.
     """
     if weight is None:
         return None, None
-    tokens, (outputs, width) = streams.shape[0], weight.shape
-    groups = streams.shape[1:].numel() // width
+    (tokens, _, features), outputs = streams.shape, weight.shape[0]
+    groups = streams.shape[1:].numel() // weight.shape[1]
+    one_for_all = streams.stride(1) == 0
+    if one_for_all:
+        streams, weight = streams[:, :1], weight.view(outputs, -1, features).sum(1)
+    width = weight.shape[1]
     # Libraries have fast code for multiples of 8. Made here, the weight always lies at the start of a cache line: on
     # two threads the last bits depend on that, and a model must compute the same after it was saved and loaded.
-    padded = F.pad(weight, (0, 0, 0, -outputs % 8))
+    padded = weight if one_for_all else F.pad(weight, (0, 0, 0, -outputs % 8))
     dtype = held(streams, weight.dtype)
     whole = dtype == weight.dtype
     factor = padded if whole else halves(padded, dtype).flatten(0, 1)
@@ -88,22 +93,16 @@ def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor 
         else:
             by_half = wide_sums(rows.unsqueeze(0), factor.t().unsqueeze(0)).squeeze(0).unflatten(-1, (-1, 2))
             products.append(by_half[:, :outputs].sum(-1))
-    norm = joined(norms)
+    product, norm = joined(products), joined(norms)
     squares = torch.addcmul(number(eps, norm), norm, norm, value=1 / width)
-    return joined(products).view(tokens, groups, outputs), squares.view(tokens, groups)
+    if one_for_all:
+        return product.unsqueeze(1).expand(-1, groups, -1), squares.unsqueeze(1).expand(-1, groups)
+    return product.view(tokens, groups, outputs), squares.view(tokens, groups)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
     """One tensor of those of spans."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def transformed() -> bool:
-    """Whether forward-mode derivatives or transforms of `torch.func` are under way, which know plain operations alone.
-
-    Tensors do not tell: a weight of the model inside a branch may be what is differentiated.
-    """
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def gap_to_one(weights: Tensor) -> Tensor:
@@ -124,7 +123,10 @@ def first_weight(weights: Tensor) -> Tensor:
 
 
 class Streams(NamedTuple):
-    """Streams `[T, n, C]`, and in which form weighted sums of them are computed so that equal ones are not rounded."""
+    """Streams `[T, n, C]`, and in which form weighted sums of them are computed so that equal ones are not rounded.
+
+    Streams that are found equal are one, expanded.
+    """
 
     tokens: Tensor
     form: str
@@ -141,7 +143,7 @@ class Streams(NamedTuple):
             return cls(tokens, "plain")
         if not may_look(tokens):
             return cls(tokens, "differences")
-        return cls(tokens, "equal" if all_equal(tokens) else "plain")
+        return cls(tokens[:, :1].expand_as(tokens), "equal") if all_equal(tokens) else cls(tokens, "plain")
 
     def stay(self, rows_sum_to_one: bool) -> bool:
         """Whether mixing leaves the streams as they are: equal ones, by rows that sum to 1."""
@@ -154,29 +156,14 @@ class Streams(NamedTuple):
         first = cast(streams[:, :1], weights.dtype)
         if self.form == "equal":
             # Without differences the sum of the weights is all that counts.
-            return torch.mul(first_weight(weights), first, out=out if out.dtype == weights.dtype else None)
+            place = out if out.dtype == weights.dtype else None
+            return torch.addcmul(first, gap_to_one(weights), first, out=place)
         # The differences of equal streams are exactly 0, and 0 whatever they are weighted with. What they are added to
         # is no factor of the product, which may be cut to TF32.
         total = first.expand(-1, weights.shape[1], -1) if sum_to_one else first_weight(weights) * first
         differences = cast(streams[:, 1:], weights.dtype) - first
         place = out if out.dtype == weights.dtype else None
         return torch.baddbmm(total, weights[..., 1:], differences, out=place)
-
-
-def all_equal(streams: Tensor) -> bool:
-    """Whether every token `[T, n, C]` has n equal streams. Streams that differ mostly do so in the first token."""
-    if streams.stride(1) == 0:
-        return True
-    if streams.shape[0] > 0:
-        first, *others = streams[0].unbind()
-        for other in others:
-            if not torch.equal(first, other):
-                return False
-    # Compared bit by bit, in the widest pieces: twice as fast in fp32 as number by number.
-    count = 8 // streams.itemsize
-    if count > 1 and streams.is_contiguous() and streams.shape[2] % count == streams.storage_offset() % count == 0:
-        streams = streams.view(torch.int64)
-    return streams.shape[0] < 2 or torch.equal(streams[:, :-1], streams[:, 1:])
 
 
 def read(streams: Streams, h_pre: Tensor) -> Tensor:

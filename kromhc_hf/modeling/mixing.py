@@ -1,12 +1,12 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """What a variant must say, how its logits become mappings, and the invariant that most of them keep."""
 
-import functools
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .known_values import keeps, kept_indices
 from .option_table import SINKHORN_ITERATIONS
 
 
@@ -124,7 +124,7 @@ class Mixing:
     def by_output(self, alpha: Tensor) -> Tensor:
         """What each prediction is multiplied with, `[n + n + num_logits]`, from a number per mapping, `[3]`."""
         if keeps(alpha):
-            return alpha.index_select(0, _mapping_of_outputs(self.sizes))
+            return alpha.index_select(0, kept_indices(self.sizes))
         parts = alpha.unsqueeze(-1).unbind()
         return torch.cat([part.expand(size) for part, size in zip(parts, self.sizes)])
 
@@ -198,36 +198,6 @@ def uneven_weights(favoured: Tensor) -> Tensor:
     n = favoured.numel()
     # The dtype is explicit because models are built under their own default dtype.
     return torch.full((n,), 1 / (2 * n), dtype=torch.float64).masked_fill(favoured, (n + 1) / (2 * n))
-
-
-def may_look(tensor: Tensor) -> bool:
-    """Whether the values may be looked at, which is free on a CPU; a traced or a fake tensor has none."""
-    return keeps(tensor) and not torch.jit.is_tracing()
-
-
-def keeps(beside: Tensor) -> bool:
-    """Whether a small tensor that is always the same may be made once, to be used beside this one."""
-    return beside.is_cpu and type(beside) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-
-
-# Operations that are given a number make a tensor of it first, which takes longer than what they do for a token. What
-# is made in inference mode could not be saved for a backward pass.
-@functools.cache
-def _kept_number(value: float, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
-
-
-@functools.cache
-def _mapping_of_outputs(sizes: tuple[int, ...]) -> Tensor:
-    """Which mapping each output belongs to."""
-    with torch.inference_mode(False):
-        return torch.tensor([mapping for mapping, size in enumerate(sizes) for _ in range(size)], device="cpu")
-
-
-def number(value: float, like: Tensor) -> Tensor:
-    """A number as a tensor without dimensions; made once where that may be."""
-    return _kept_number(value, like.dtype) if keeps(like) else like.new_full((), value)
 
 
 def for_tokens(mapping: Tensor, leading: tuple[int, ...], dims: int = 1) -> Tensor:

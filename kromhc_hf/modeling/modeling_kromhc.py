@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from .kernels_triton_language import AVAILABLE  # noqa: F401
     from .kernels_triton_projection import gates  # noqa: F401
     from .kernels_triton_width import Width  # noqa: F401
+    from .known_values import number  # noqa: F401
     from .layer_fit import check_model_type  # noqa: F401
     from .layer_returns import Beside  # noqa: F401
     from .layer_source import own_path  # noqa: F401

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixing import DenseMixing, Mixing, number, widest_dtype
+from .known_values import number
+from .mixing import DenseMixing, Mixing, widest_dtype
 from .option_table import SINKHORN_ITERATIONS
 
 
