@@ -22,6 +22,8 @@ from .stream_module import StreamModule
 PLACE_NAMES = ("hc_config", "hc_layer_index", "hc_first_layer", "hc_last_layer")
 
 
+# What an attribute is that stands for a functional dropout.
+PROBABILITY = (int, float)
 Connections = dict[str, StreamModule | None]
 
 
@@ -72,8 +74,8 @@ class HyperConnectedLayer(nn.Module):
             streams = self.make_streams(streams)
         outputs: dict[str, Any] = {}
         branches = branches_of_block(self) if self.training or torch.is_grad_enabled() else 0
-        for step, name in zip(self.spec.steps, self.spec.names):
-            branch_input, write = getattr(self, name)(streams, branches)
+        for step in self.spec.steps:
+            branch_input, write = getattr(self, step.name)(streams, branches)
             streams = write(self.run_step(step, branch_input, kwargs, outputs))
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)
@@ -145,7 +147,8 @@ class HyperConnectedLayer(nn.Module):
         if step.scale is not None:
             branch_output = branch_output * attribute(self, step.scale)
         # Some experts return [B * S, C].
-        return branch_output.view(branch_input.shape)
+        shape = branch_input.shape
+        return branch_output if branch_output.shape == shape else branch_output.view(shape)
 
     def run_sublayer(
         self, sublayer: Sublayer, hidden_states: Tensor, kwargs: dict[str, Any], outputs: dict[str, Any]
@@ -175,7 +178,7 @@ class HyperConnectedLayer(nn.Module):
     def call(self, name: str, *inputs: Tensor, **arguments: Any) -> Any:
         """Calls the attribute, or drops out with the probability that it is."""
         part = attribute(self, name)
-        if isinstance(part, int | float):
+        if isinstance(part, PROBABILITY):
             return F.dropout(inputs[0], p=part, training=self.training)
         return part(*inputs, **arguments)
 
@@ -187,7 +190,7 @@ def _arguments(layer: nn.Module, sublayer: Sublayer, name: str) -> Arguments:
         # Whoever calls may go by the name that the cache has in another release; the layer's own comes last and wins.
         layer_names = (layer_names[0], *(set(CACHE_NAMES) - {*layer_names}), *layer_names[1:])
     known = frozenset(layer_names)
-    if isinstance(attribute(layer, name), int | float):
+    if isinstance(attribute(layer, name), PROBABILITY):
         return Arguments((), known, False)
     named, others = forward_parameters(attribute(layer, name))
     renames = dict(sublayer.renames)

@@ -35,6 +35,13 @@ def optional_cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else cast(tensor, dtype)
 
 
+def coefficients_dtype(own: torch.dtype, streams: torch.dtype) -> torch.dtype:
+    """What coefficients are computed in, from parameters and for streams of these dtypes."""
+    if own == streams and own.itemsize >= 4:
+        return own
+    return torch.promote_types(torch.promote_types(own, streams), torch.float32)
+
+
 class HyperConnection(StreamModule):
     r"""Hyper-connection around one residual branch `F`, with a constrained `h_res` (arXiv 2601.21579, eq. 5-9).
 
@@ -140,11 +147,12 @@ class HyperConnection(StreamModule):
         """
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
-        bias, alpha, dtype = self.bias, self.alpha, self._dtype(streams)
+        bias, alpha = self.bias, self.alpha
+        assert bias is not None
+        dtype = coefficients_dtype(bias.dtype, streams.dtype)
         connect = select_connect(
             self.kernel, streams, dtype, self.num_streams, self.hidden_size, self.options["variant"]
         )
-        assert bias is not None
         # A compiler chooses by itself what it keeps, from the graph that it sees.
         branches = 0 if torch.compiler.is_compiling() else branches
         with without_autocast(streams):
@@ -163,23 +171,16 @@ class HyperConnection(StreamModule):
 
     def mappings(self, streams: Tensor) -> Mappings:
         """The mappings for the streams `[B, S, n, C]`, in at least fp32; for inspection."""
-        leading, dtype = streams.shape[:-2], self._dtype(streams)
+        leading, bias = streams.shape[:-2], self.bias
+        dtype = coefficients_dtype(torch.float32 if bias is None else bias.dtype, streams.dtype)
         if self.num_streams == 1:
             one = torch.ones(*leading, 1, dtype=dtype, device=streams.device)
             return Mappings(one, one, one.unsqueeze(-1))
-        assert self.bias is not None
+        assert bias is not None
         with without_autocast(streams):
             projected = self._projected(streams.to(dtype))
-            bias, alpha = cast(self.bias, dtype), optional_cast(self.alpha, dtype)
-            return Mappings(*self.mixing.mappings(*projected, bias, alpha, leading))
-
-    def _dtype(self, streams: Tensor) -> torch.dtype:
-        """What coefficients are computed in."""
-        bias = self.bias
-        own = torch.float32 if bias is None else bias.dtype
-        if streams.dtype == own and own.itemsize >= 4:
-            return own
-        return torch.promote_types(torch.promote_types(own, streams.dtype), torch.float32)
+            alpha = optional_cast(self.alpha, dtype)
+            return Mappings(*self.mixing.mappings(*projected, cast(bias, dtype), alpha, leading))
 
     def _projected(self, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The products of the features with the weight `[..., G, outputs]` and mean squares `[..., G]`, eps added."""

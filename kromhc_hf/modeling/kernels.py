@@ -39,17 +39,19 @@ def select_connect(
     Raises:
         ValueError: if there is no such kernel, or "triton" was asked for and cannot serve the streams, with the reason.
     """
-    check_kernel(kernel)
-    if kernel == "reference":
-        return connect_reference
-    if kernel == "triton":
+    if kernel == "auto":
+        if streams.device.type in DEVICES:
+            if _obstacle(streams.device, streams.dtype, num_streams, dtype) is None:
+                if fault(streams.device, streams.dtype, num_streams, hidden_size, variant) is None:
+                    return connect_triton
+    elif kernel == "triton":
         if (reason := _obstacle(streams.device, streams.dtype, num_streams, dtype)) is not None:
             raise ValueError(f"kernel 'triton' {reason}. Use kernel='auto' or kernel='torch'.")
         return connect_triton
-    if kernel == "auto" and streams.device.type in DEVICES:
-        if _obstacle(streams.device, streams.dtype, num_streams, dtype) is None:
-            if fault(streams.device, streams.dtype, num_streams, hidden_size, variant) is None:
-                return connect_triton
+    elif kernel == "reference":
+        return connect_reference
+    else:
+        check_kernel(kernel)
     if transformed():
         return connect_reference
     return partial(connect_passes, passes=COMPOSITE) if torch.compiler.is_compiling() else connect

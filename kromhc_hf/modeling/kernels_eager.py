@@ -288,8 +288,10 @@ def width_reference(
         products = F.linear(rows, weight)
         squares = torch.add(number(eps, rows), (rows * rows).sum(-1), alpha=1 / width)
     h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha)
-    # Not a batched product, for which a library would wake up all threads.
     if (looks and not all_equal(wide)) or narrow(wide):
+        if h_pre.shape[0] == len(wide) == 1:
+            return wide, torch.bmm(h_pre.unsqueeze(1), wide), h_post, logits
+        # Not a product of several tokens: for a batch a library wakes up all threads, and on a busy machine waits.
         return wide, (h_pre.unsqueeze(-1) * wide).sum(1, keepdim=True), h_post, logits
     first = wide[:, :1]
     branch_input = torch.addcmul(first, gap_to_one(h_pre).unsqueeze(-1), first)
