@@ -80,7 +80,8 @@ class HyperConnectedLayer(nn.Module):
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
-        ends = self.hc_layer_index in (self.hc_last_layer, self.hc_config.num_hidden_layers - 1)
+        index = self.hc_layer_index
+        ends = index == self.hc_last_layer or index == self.hc_config.num_hidden_layers - 1
         if ends and not self.reads_out_after_norm():
             streams = self.read_out(streams)
         returned = self.interface.returned

@@ -183,12 +183,12 @@ class HyperConnection(StreamModule):
             return Mappings(*self.mixing.mappings(*projected, cast(bias, dtype), alpha, leading))
 
     def _projected(self, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The products of the features with the weight `[..., G, outputs]` and mean squares `[..., G]`, eps added."""
+        """Products of the features with the weight `[..., G, outputs]`, mean squares `[..., G, 1]`, eps added."""
         weight = self._weight(wide.dtype)
         if weight is None:
             return None, None
         features = wide.flatten(-2).unflatten(-1, (-1, weight.shape[1]))
-        return F.linear(features, weight), features.square().mean(-1) + self.eps
+        return F.linear(features, weight), features.square().mean(-1, keepdim=True) + self.eps
 
     def _weight(self, dtype: torch.dtype) -> Tensor | None:
         """What predicts the mappings, `[outputs, width]`; None if they are static."""

@@ -52,7 +52,7 @@ def connect_passes(
     origin = origin_of(streams, branches)
     with saved_as(streams, origin):
         products, squares = (None, None) if weight is None else passes.project(tokens, weight)
-        squares = None if squares is None else squares + eps
+        squares = None if squares is None else (squares + eps).unsqueeze(-1)
         h_pre, h_post, h_res = mixing.mappings(products, squares, bias, alpha, tokens.shape[:1])
         branch_input = passes.read(tokens, h_pre)
     depth = _depth_connection(

@@ -286,7 +286,10 @@ def width_reference(
         width = weight.shape[1]
         rows = wide.reshape(tokens.shape[0], -1, width)
         products = F.linear(rows, weight)
-        squares = torch.add(number(eps, rows), (rows * rows).sum(-1), alpha=1 / width)
+        if rows.shape[:2] == (1, 1):
+            squares = torch.baddbmm(number(eps, rows), rows, rows.mT, alpha=1 / width)
+        else:
+            squares = torch.add(number(eps, rows), (rows * rows).sum(-1, keepdim=True), alpha=1 / width)
     h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha)
     if (looks and not all_equal(wide)) or narrow(wide):
         if h_pre.shape[0] == len(wide) == 1:

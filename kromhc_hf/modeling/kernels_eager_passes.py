@@ -64,7 +64,7 @@ def halves(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor | None]:
-    """The thin product and the norm behind it: products `[T, G, k]`, and mean squares with eps added `[T, G]`.
+    """The thin product and the norm behind it: products `[T, G, k]`, and mean squares with eps added `[T, G, 1]`.
 
     `weight` is `[k, n * C / G]`: all features of a token together (G = 1) or each stream by itself (G = n). What the
     norm divides by follows later, on k numbers instead of n * C features. Of streams that are one, expanded, this one
@@ -96,8 +96,8 @@ def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor 
     product, norm = joined(products), joined(norms)
     squares = torch.addcmul(number(eps, norm), norm, norm, value=1 / width)
     if one_for_all:
-        return product.unsqueeze(1).expand(-1, groups, -1), squares.unsqueeze(1).expand(-1, groups)
-    return product.view(tokens, groups, outputs), squares.view(tokens, groups)
+        return product.unsqueeze(1).expand(-1, groups, -1), squares.view(tokens, 1, 1).expand(-1, groups, -1)
+    return product.view(tokens, groups, outputs), squares.view(tokens, groups, 1)
 
 
 def joined(parts: list[Tensor]) -> Tensor:

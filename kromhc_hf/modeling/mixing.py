@@ -135,13 +135,13 @@ class Mixing:
 
         Args:
             products: as in `predict`; None if the mappings are static.
-            squares: the mean squares of the groups, to which eps is added, `[..., G]`; None with them.
+            squares: the mean squares of the groups, to which eps is added, `[..., G, 1]`; None with them.
             bias: the static part `[n + n + num_logits]`.
             alpha: what the predictions for read weights, write weights and mixing are multiplied with, `[3]`.
         """
         if products is None or squares is None or alpha is None:
             return self.gated(bias)
-        dynamic = self.predict(products, torch.rsqrt(squares).unsqueeze(-1))
+        dynamic = self.predict(products, torch.rsqrt(squares))
         return self.gated(torch.addcmul(bias, self.by_output(alpha), dynamic))
 
     def mappings(
