@@ -147,16 +147,16 @@ class HyperConnection(StreamModule):
         """
         if self.num_streams == 1:
             return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
-        bias, alpha = self.bias, self.alpha
-        assert bias is not None
-        dtype = coefficients_dtype(bias.dtype, streams.dtype)
+        own = self.bias
+        assert own is not None
+        dtype = coefficients_dtype(own.dtype, streams.dtype)
         connect = select_connect(
             self.kernel, streams, dtype, self.num_streams, self.hidden_size, self.options["variant"]
         )
         # A compiler chooses by itself what it keeps, from the graph that it sees.
         branches = 0 if torch.compiler.is_compiling() else branches
         with without_autocast(streams):
-            weight, bias, alpha = self._weight(dtype), cast(bias, dtype), optional_cast(alpha, dtype)
+            weight, bias, alpha = self._weight(dtype), cast(own, dtype), optional_cast(self.alpha, dtype)
             branch_input, write_back = connect(streams, weight, bias, alpha, self.mixing, self.eps, branches)
             if self.options["read"] == "gated":
                 down, up = (cast(getattr(self, name), dtype) for name in ("read_down", "read_up"))

@@ -23,7 +23,6 @@ from .kernels_eager_passes import (
     gap_to_one,
     held,
     in_spans,
-    narrow,
     product,
     project,
     read,
@@ -32,7 +31,7 @@ from .kernels_eager_passes import (
     weight_gradient,
     write,
 )
-from .known_values import all_equal, may_look, number, transformed
+from .known_values import all_equal, may_look, number_tensor, transformed
 from .mixing import IfDynamic, Mixing, cast, for_tokens
 from .recomputation import Origin, origin_of, remember
 
@@ -40,8 +39,6 @@ from .recomputation import Origin, origin_of, remember
 # Of a handful of tokens the number of operations counts and not their size, unless there are very many products of an
 # entry of `h_res` with a feature. The same with and without gradients, so that both give the same bits.
 FEW_TOKENS, FEW_PRODUCTS = 16, 1 << 17
-
-
 AS_IT_IS = nullcontext()
 
 
@@ -287,11 +284,11 @@ def width_reference(
         rows = wide.reshape(tokens.shape[0], -1, width)
         products = F.linear(rows, weight)
         if rows.shape[:2] == (1, 1):
-            squares = torch.baddbmm(number(eps, rows), rows, rows.mT, alpha=1 / width)
+            squares = torch.baddbmm(number_tensor(eps, rows), rows, rows.mT, alpha=1 / width)
         else:
-            squares = torch.add(number(eps, rows), (rows * rows).sum(-1, keepdim=True), alpha=1 / width)
+            squares = torch.add(number_tensor(eps, rows), (rows * rows).sum(-1, keepdim=True), alpha=1 / width)
     h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha)
-    if (looks and not all_equal(wide)) or narrow(wide):
+    if looks and not all_equal(wide):
         if h_pre.shape[0] == len(wide) == 1:
             return wide, torch.bmm(h_pre.unsqueeze(1), wide), h_post, logits
         # Not a product of several tokens: for a batch a library wakes up all threads, and on a busy machine waits.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .known_values import all_equal, may_look, number, transformed
+from .known_values import all_equal, may_look, number, number_tensor, transformed
 from .mixing import cast, snap_distance
 
 
@@ -76,7 +76,7 @@ def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor 
     groups = streams.shape[1:].numel() // weight.shape[1]
     one_for_all = streams.stride(1) == 0
     if one_for_all:
-        streams, weight = streams[:, :1], weight.view(outputs, -1, features).sum(1)
+        streams, weight = streams[:, :1], weight.reshape(outputs, -1, features).sum(1)
     width = weight.shape[1]
     # Libraries have fast code for multiples of 8. Made here, the weight always lies at the start of a cache line: on
     # two threads the last bits depend on that, and a model must compute the same after it was saved and loaded.
@@ -94,7 +94,7 @@ def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor 
             by_half = wide_sums(rows.unsqueeze(0), factor.t().unsqueeze(0)).squeeze(0).unflatten(-1, (-1, 2))
             products.append(by_half[:, :outputs].sum(-1))
     product, norm = joined(products), joined(norms)
-    squares = torch.addcmul(number(eps, norm), norm, norm, value=1 / width)
+    squares = torch.addcmul(number_tensor(eps, norm), norm, norm, value=1 / width)
     if one_for_all:
         return product.unsqueeze(1).expand(-1, groups, -1), squares.view(tokens, 1, 1).expand(-1, groups, -1)
     return product.view(tokens, groups, outputs), squares.view(tokens, groups, 1)

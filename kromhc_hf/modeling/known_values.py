@@ -59,6 +59,11 @@ def kept_indices(sizes: tuple[int, ...]) -> Tensor:
         return torch.tensor([part for part, size in enumerate(sizes) for _ in range(size)], device="cpu")
 
 
-def number(value: float, like: Tensor) -> Tensor:
-    """A number as a tensor without dimensions; made once where that may be."""
+def number(value: float, like: Tensor) -> Tensor | float:
+    """A number for use beside a tensor: as one without dimensions where that is made once, or else as it is."""
+    return _kept_number(value, like.dtype) if keeps(like) else value
+
+
+def number_tensor(value: float, like: Tensor) -> Tensor:
+    """A number as a tensor without dimensions, for operations that take nothing else there."""
     return _kept_number(value, like.dtype) if keeps(like) else like.new_full((), value)

@@ -1,0 +1,158 @@
+"""What is known of values on a CPU: streams that are equal and stay so, and small tensors that are made once."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kromhc_hf import HyperConnection
+from kromhc_hf.modeling import kernels_eager_passes, known_values
+from kromhc_hf.modeling.known_values import all_equal, number, number_tensor
+from kromhc_hf.modeling.mixing import Mixing
+from kromhc_hf.modeling.stream_ends import mean_of_streams
+from kromhc_hf.modeling.variants import VARIANTS, make_mixing
+
+
+TOKENS, STREAMS, WIDTH = 40, 4, 24  # too many tokens for the path of a handful
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch) -> None:
+    """Every tensor that is kept is made again."""
+    for name in ("_kept_number", "kept_indices"):
+        getattr(known_values, name).cache_clear()
+
+
+def equal_streams() -> torch.Tensor:
+    return torch.randn(2, TOKENS, 1, WIDTH).expand(-1, -1, STREAMS, -1).contiguous()
+
+
+def connected(module: HyperConnection, streams: torch.Tensor) -> torch.Tensor:
+    branch_input, write = module(streams)
+    return write(torch.tanh(branch_input))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_streams_stay_one(dtype: torch.dtype) -> None:
+    """Without gradients one stream is computed; the values are those with gradients, bit for bit."""
+    module, streams = HyperConnection(WIDTH, STREAMS), equal_streams().to(dtype)
+    with_gradients = connected(module, streams)
+    with torch.no_grad():
+        once = connected(module, streams)
+        twice = connected(module, once)
+    assert once.stride(2) == twice.stride(2) == 0
+    assert with_gradients.stride(2) == WIDTH
+    assert torch.equal(once, with_gradients)
+    assert torch.equal(twice, connected(module, with_gradients))
+
+
+@pytest.mark.parametrize("changed", ["h_post", "streams", "rows"])
+def test_streams_that_part_are_written_apart(changed: str) -> None:
+    module = HyperConnection(WIDTH, STREAMS, variant="mhc" if changed == "rows" else "kromhc")
+    streams = equal_streams()
+    with torch.no_grad():
+        if changed == "h_post":
+            module.bias[STREAMS] += 1
+        if changed == "streams":
+            streams[1, 7, 2, 3] += 1
+        found = connected(module, streams)
+    assert found.stride(2) == WIDTH
+    assert torch.equal(found, connected(module, streams))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_stream_that_stands_for_all_is_projected_once(variant: str) -> None:
+    weight = torch.randn(make_mixing(variant, STREAMS).weight_shape(WIDTH)) / 8
+    dense = equal_streams().flatten(0, 1)
+    expanded = dense[:, :1].expand_as(dense)
+    for found, exact in zip(
+        kernels_eager_passes.project(expanded, weight, 1e-6), kernels_eager_passes.project(dense, weight, 1e-6)
+    ):
+        assert found.shape == exact.shape
+        # Sums of at most n * C products of numbers of the size of 1.
+        torch.testing.assert_close(found, exact, rtol=0, atol=STREAMS * WIDTH * torch.finfo(torch.float32).eps)
+
+
+def test_looks_at_every_token() -> None:
+    streams = equal_streams().flatten(0, 1)
+    assert all_equal(streams)
+    assert all_equal(streams[:1])
+    assert all_equal(streams[:0])
+    for token in (0, 1, TOKENS - 1):
+        different = streams.clone()
+        different[token, -1, -1] += 1
+        assert not all_equal(different)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_mean_of_streams(gradients: bool) -> None:
+    streams = equal_streams()
+    with torch.set_grad_enabled(gradients):
+        assert torch.equal(mean_of_streams(streams), streams[:, :, 0])
+        different = torch.randn_like(streams)
+        torch.testing.assert_close(mean_of_streams(different), different.double().mean(2).float())
+    half = (torch.randn(2, 3, STREAMS, WIDTH) + 100).bfloat16()
+    assert torch.equal(mean_of_streams(half), half.double().mean(2).bfloat16())
+
+
+@pytest.mark.parametrize("values", ["equal", "different"])
+def test_the_gradient_of_the_mean_reaches_every_stream(values: str) -> None:
+    streams = equal_streams() if values == "equal" else torch.randn(2, TOKENS, STREAMS, WIDTH)
+    cotangent = torch.randn(2, TOKENS, WIDTH)
+    (found,) = torch.autograd.grad(mean_of_streams(streams.requires_grad_()), streams, cotangent)
+    torch.testing.assert_close(found, (cotangent / STREAMS).unsqueeze(2).expand_as(found))
+
+
+@pytest.mark.parametrize("variant", ["kromhc", "identity", "mhc"])
+def test_factors_of_predictions(variant: str, monkeypatch) -> None:
+    mixing, alpha = make_mixing(variant, STREAMS), torch.tensor([2.0, 3.0, 5.0])
+    kept = mixing.by_output(alpha)
+    monkeypatch.setattr("kromhc_hf.modeling.mixing.keeps", lambda beside: False)
+    assert torch.equal(kept, Mixing.by_output(mixing, alpha))
+    assert torch.equal(kept, torch.tensor([2.0] * 4 + [3.0] * 4 + [5.0] * mixing.num_logits))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_token_is_computed_like_several(variant: str) -> None:
+    """A token by itself takes products of its own."""
+    module = HyperConnection(WIDTH, STREAMS, variant=variant).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    streams = torch.randn(1, 3, STREAMS, WIDTH, dtype=torch.float64)
+    together = connected(module, streams)
+    for index in range(3):
+        token = streams[:, index : index + 1].clone().requires_grad_()
+        torch.testing.assert_close(connected(module, token), together[:, index : index + 1])
+    assert torch.autograd.gradcheck(lambda x: connected(module, x), token)
+    assert torch.autograd.gradgradcheck(lambda x: connected(module, x), token)
+
+
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize("tokens", [1, 3, TOKENS])
+def test_what_is_made_in_inference_mode_serves_in_training(tokens: int) -> None:
+    module, streams = HyperConnection(WIDTH, STREAMS), torch.randn(1, tokens, STREAMS, WIDTH)
+    with torch.inference_mode():
+        connected(module, streams)
+    connected(module, streams).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_what_is_not_there_is_not_kept() -> None:
+    """Fake and meta tensors have no values; what is made beside them must not be found beside others."""
+    module = HyperConnection(WIDTH, STREAMS)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        for tokens in (1, TOKENS):
+            connected(module, fake.from_tensor(torch.randn(1, tokens, STREAMS, WIDTH)))
+    with torch.device("meta"):
+        beside = torch.ones(2)
+    assert number(0.5, beside) == 0.5
+    assert number_tensor(0.5, beside).is_meta
+    with torch.device("meta"):
+        made = number_tensor(0.5, torch.ones(2, device="cpu"))
+    assert made.item() == 0.5
+    connected(module, torch.randn(1, 1, STREAMS, WIDTH)).sum().backward()
+
+
+def test_the_dtype_is_that_of_the_neighbour() -> None:
+    assert number_tensor(1e-6, torch.ones(1, dtype=torch.float64)).item() == 1e-6
+    assert number_tensor(1e-6, torch.ones(1)).dtype == torch.float32
