@@ -183,11 +183,11 @@ class HyperConnection(StreamModule):
             return Mappings(*self.mixing.mappings(*projected, cast(bias, dtype), alpha, leading))
 
     def _projected(self, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Products of the features with the weight `[..., G, outputs]`, mean squares `[..., G, 1]`, eps added."""
+        """The products of the features with the weight, and mean squares with eps added; see `Mixing.predict`."""
         weight = self._weight(wide.dtype)
         if weight is None:
             return None, None
-        features = wide.flatten(-2).unflatten(-1, (-1, weight.shape[1]))
+        features = wide if weight.shape[1] == self.hidden_size else wide.flatten(-2)
         return F.linear(features, weight), features.square().mean(-1, keepdim=True) + self.eps
 
     def _weight(self, dtype: torch.dtype) -> Tensor | None:

@@ -51,8 +51,12 @@ def connect_passes(
     tokens = streams.flatten(0, -3)
     origin = origin_of(streams, branches)
     with saved_as(streams, origin):
-        products, squares = (None, None) if weight is None else passes.project(tokens, weight)
-        squares = None if squares is None else (squares + eps).unsqueeze(-1)
+        products, squares = None, None
+        if weight is not None:
+            products, squares = passes.project(tokens, weight)
+            squares = (squares + eps).unsqueeze(-1)
+            if products.shape[1] == 1:
+                products, squares = products.squeeze(1), squares.squeeze(1)
         h_pre, h_post, h_res = mixing.mappings(products, squares, bias, alpha, tokens.shape[:1])
         branch_input = passes.read(tokens, h_pre)
     depth = _depth_connection(

@@ -258,44 +258,37 @@ def connect_reference(
     Decoding takes it too, where the number of operations counts and not the size of what they move. Autograd keeps what
     it keeps, whatever `branches` says.
     """
-    tokens, shape = streams.flatten(0, -3), streams.shape
-    wide, branch_input, h_post, logits = width_reference(tokens, weight, bias, alpha, mixing, eps)
+    wide, branch_input, h_post, logits = width_reference(streams, weight, bias, alpha, mixing, eps)
 
     def write_back(branch_output: Tensor) -> Tensor:
         mixed = wide if logits is None else mixing.mix(wide, logits)
-        mixed = torch.addcmul(mixed, h_post.unsqueeze(-1), branch_output.reshape(-1, 1, shape[-1]))
-        return cast(mixed, streams.dtype).reshape(shape)
+        return cast(torch.addcmul(mixed, h_post.unsqueeze(-1), branch_output.unsqueeze(-2)), streams.dtype)
 
-    return cast(branch_input, streams.dtype).reshape(*shape[:-2], -1), write_back
+    return cast(branch_input, streams.dtype), write_back
 
 
 def width_reference(
-    tokens: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mixing: Mixing, eps: float
+    streams: Tensor, weight: Tensor | None, bias: Tensor, alpha: Tensor | None, mixing: Mixing, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of streams `[T, n, C]`, in the dtype of the bias: these, the branch input `[T, 1, C]`, h_post and the logits.
+    """Of streams `[..., n, C]`, in the dtype of the bias: these, the branch input `[..., C]`, h_post and the logits.
 
     There are no logits where mixing leaves the streams as they are: equal ones, by rows that sum to 1.
     """
-    wide = cast(tokens, bias.dtype)
+    wide = cast(streams, bias.dtype)
     looks = may_look(wide) and not transformed()
     products, squares = None, None
     if weight is not None:
         width = weight.shape[1]
-        rows = wide.reshape(tokens.shape[0], -1, width)
+        rows = wide if width == wide.shape[-1] else wide.flatten(-2)
         products = F.linear(rows, weight)
-        if rows.shape[:2] == (1, 1):
-            squares = torch.baddbmm(number_tensor(eps, rows), rows, rows.mT, alpha=1 / width)
-        else:
-            squares = torch.add(number_tensor(eps, rows), (rows * rows).sum(-1, keepdim=True), alpha=1 / width)
+        squares = torch.add(number_tensor(eps, rows), (rows * rows).sum(-1, keepdim=True), alpha=1 / width)
     h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha)
     if looks and not all_equal(wide):
-        if h_pre.shape[0] == len(wide) == 1:
-            return wide, torch.bmm(h_pre.unsqueeze(1), wide), h_post, logits
-        # Not a product of several tokens: for a batch a library wakes up all threads, and on a busy machine waits.
-        return wide, (h_pre.unsqueeze(-1) * wide).sum(1, keepdim=True), h_post, logits
-    first = wide[:, :1]
-    branch_input = torch.addcmul(first, gap_to_one(h_pre).unsqueeze(-1), first)
+        # Not a batched product, for which a library would wake up all threads.
+        return wide, (h_pre.unsqueeze(-1) * wide).sum(-2), h_post, logits
+    first = wide.select(-2, 0)
+    branch_input = torch.addcmul(first, gap_to_one(h_pre), first)
     if looks and not torch.is_grad_enabled():
         return wide, branch_input, h_post, None if mixing.rows_sum_to_one else logits
-    rest = (h_pre[..., 1:, None] * (wide[:, 1:] - first)).sum(1, keepdim=True)
+    rest = (h_pre[..., 1:, None] * (wide[..., 1:, :] - first.unsqueeze(-2))).sum(-2)
     return wide, branch_input + rest, h_post, logits

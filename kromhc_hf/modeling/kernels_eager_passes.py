@@ -64,17 +64,16 @@ def halves(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor | None]:
-    """The thin product and the norm behind it: products `[T, G, k]`, and mean squares with eps added `[T, G, 1]`.
+    """The thin product and the norm behind it: products `[T, k]`, and mean squares with eps added `[T, 1]`.
 
-    `weight` is `[k, n * C / G]`: all features of a token together (G = 1) or each stream by itself (G = n). What the
-    norm divides by follows later, on k numbers instead of n * C features. Of streams that are one, expanded, this one
-    is projected, with the sum of their weights.
+    `weight` is `[k, n * C]`; with `[k, C]` each stream is projected by itself, and there are `[T, n, k]` products and
+    `[T, n, 1]` mean squares. What the norm divides by follows later, on k numbers instead of n * C features. Of streams
+    that are one, expanded, this one is projected, with the sum of their weights.
     """
     if weight is None:
         return None, None
-    (tokens, _, features), outputs = streams.shape, weight.shape[0]
-    groups = streams.shape[1:].numel() // weight.shape[1]
-    one_for_all = streams.stride(1) == 0
+    (tokens, n, features), outputs = streams.shape, weight.shape[0]
+    by_stream, one_for_all = weight.shape[1] == features, streams.stride(1) == 0
     if one_for_all:
         streams, weight = streams[:, :1], weight.reshape(outputs, -1, features).sum(1)
     width = weight.shape[1]
@@ -87,7 +86,7 @@ def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor 
     products, norms = [], []
     for (part,) in in_spans(dtype, streams):
         rows = cast(part.reshape(-1, width), dtype)
-        norms.append(torch.linalg.vector_norm(rows, dim=-1, dtype=weight.dtype))
+        norms.append(torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=weight.dtype))
         if whole:
             products.append(torch.mm(rows, factor.t())[:, :outputs].contiguous())
         else:
@@ -95,9 +94,11 @@ def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor 
             products.append(by_half[:, :outputs].sum(-1))
     product, norm = joined(products), joined(norms)
     squares = torch.addcmul(number_tensor(eps, norm), norm, norm, value=1 / width)
-    if one_for_all:
-        return product.unsqueeze(1).expand(-1, groups, -1), squares.view(tokens, 1, 1).expand(-1, groups, -1)
-    return product.view(tokens, groups, outputs), squares.view(tokens, groups, 1)
+    if by_stream and one_for_all:
+        return product.unsqueeze(1).expand(-1, n, -1), squares.unsqueeze(1).expand(-1, n, -1)
+    if by_stream:
+        return product.view(tokens, n, outputs), squares.view(tokens, n, 1)
+    return product, squares
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -258,7 +259,7 @@ def streams_gradient(
             value.addcmul_(h_pre[span].unsqueeze(-1), grad_input[span].unsqueeze(1).to(dtype))
         if weight is not None and grad_products is not None and grad_squares is not None:
             rows = value.view(-1, weight.shape[1])
-            rows.addmm_(grad_products[span].flatten(0, 1).to(dtype), weight.to(dtype))
+            rows.addmm_(grad_products[span].reshape(-1, weight.shape[0]).to(dtype), weight.to(dtype))
             # The mean square is over one row.
             scale = grad_squares[span].view(-1, 1) * (2 / weight.shape[1])
             rows.addcmul_(scale, streams[span].reshape(rows.shape).to(dtype))
@@ -271,7 +272,7 @@ def weight_gradient(streams: Tensor, weight: Tensor, grad_products: Tensor) -> T
     dtype, parts = held(streams, weight.dtype), []
     for span in spans(streams, dtype):
         rows = streams[span].reshape(-1, weight.shape[1]).to(dtype)
-        grads = grad_products[span].flatten(0, 1)
+        grads = grad_products[span].reshape(-1, weight.shape[0])
         if dtype == weight.dtype:
             # Libraries do not divide a sum over tokens between threads well.
             count = gcd(len(rows), 2 * torch.get_num_threads())

@@ -54,7 +54,7 @@ class Width(torch.autograd.Function):
             leaves = [tensor.view_as(tensor) for tensor in (streams, weight, bias, alpha)]
             again = (*leaves, ctx.mixing, ctx.eps)
             _, branch_input, *others = width_reference(*again)
-            outputs = (leaves[0], branch_input.squeeze(1).to(streams.dtype), *others)
+            outputs = (leaves[0], branch_input.to(streams.dtype), *others)
             return *chain(outputs, (known, grad_input, grad_h_post, grad_logits), leaves), None, None, None
         grad_products, grad_squares, (grad_bias, by_output) = gate_gradients(
             grad_input, streams, h_pre, h_post, grad_h_post, grad_logits, products, squares, alpha, ctx.eps

@@ -1,7 +1,8 @@
 # Code of kromhc-hf, which travels with every model that it saves.
 """What is known of values on a CPU at no cost: whether streams are equal, and small tensors that never change."""
 
-import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +28,16 @@ def transformed() -> bool:
 
 
 def all_equal(streams: Tensor) -> bool:
-    """Whether every token `[T, n, C]` has n equal streams. Streams that differ mostly do so in the first token."""
-    if streams.stride(1) == 0:
+    """Whether every token `[..., n, C]` has n equal streams. Streams that differ mostly do so in the first token."""
+    if streams.stride(-2) == 0:
         return True
-    tokens = streams.shape[0]
-    if tokens > 0:
-        token = streams[0]
-        if not torch.equal(token[:-1], token[1:]):
-            return False
-        if tokens == 1:
-            return True
+    size, count = streams.shape[-2:], streams.numel()
+    if count == size.numel():
+        token = streams.reshape(size)
+        return torch.equal(token[:-1], token[1:])
+    streams = streams.flatten(0, -3)
+    if count > 0 and not torch.equal(streams[0, :-1], streams[0, 1:]):
+        return False
     # Compared bit by bit, in the widest pieces: twice as fast in fp32 as number by number.
     count = 8 // streams.itemsize
     if count > 1 and streams.is_contiguous() and streams.shape[2] % count == streams.storage_offset() % count == 0:
@@ -44,26 +45,43 @@ def all_equal(streams: Tensor) -> bool:
     return torch.equal(streams[:, :-1], streams[:, 1:])
 
 
-# Operations that are given a number make a tensor of it first, which takes longer than what they do for a token. What
-# is made in inference mode could not be saved for a backward pass.
-@functools.cache
-def _kept_number(value: float, dtype: torch.dtype) -> Tensor:
+_KEPT: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _kept(make: Callable[..., Tensor], *known: Any) -> Tensor:
+    """What `make` makes of these values, once; nothing is kept that belongs to a mode in which it is asked for."""
+    key = (make, *known)
+    if key in _KEPT:
+        return _KEPT[key]
+    # One of inference mode could not be saved for a backward pass, one of a transform or a fake one has no values.
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
+        made = make(*known)
+    if type(made) is Tensor and not transformed():
+        _KEPT[key] = made
+    return made
 
 
-@functools.cache
+def _make_number(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _make_indices(sizes: tuple[int, ...]) -> Tensor:
+    return torch.tensor([part for part, size in enumerate(sizes) for _ in range(size)], device="cpu")
+
+
 def kept_indices(sizes: tuple[int, ...]) -> Tensor:
     """To which part each of `sum(sizes)` elements belongs, in parts of these sizes."""
-    with torch.inference_mode(False):
-        return torch.tensor([part for part, size in enumerate(sizes) for _ in range(size)], device="cpu")
+    return _kept(_make_indices, sizes)
 
 
 def number(value: float, like: Tensor) -> Tensor | float:
-    """A number for use beside a tensor: as one without dimensions where that is made once, or else as it is."""
-    return _kept_number(value, like.dtype) if keeps(like) else value
+    """A number for use beside a tensor: as one without dimensions where that is made once, or else as it is.
+
+    Operations that are given a number make a tensor of it first, which takes longer than what they do for a token.
+    """
+    return _kept(_make_number, value, like.dtype) if keeps(like) else value
 
 
 def number_tensor(value: float, like: Tensor) -> Tensor:
     """A number as a tensor without dimensions, for operations that take nothing else there."""
-    return _kept_number(value, like.dtype) if keeps(like) else like.new_full((), value)
+    return _kept(_make_number, value, like.dtype) if keeps(like) else like.new_full((), value)

@@ -104,12 +104,12 @@ class Mixing:
         """The token dependent part of all mappings before the gates, `[..., n + n + num_logits]`.
 
         Args:
-            products: the features times the weight, `[..., G, outputs]`, where the features are in G groups of the
-                weight's width: all of a token together, or each stream by itself.
-            scale: one over the root mean square of each group, `[..., G, 1]`. It is one number per group, so it follows
-                the thin product instead of touching all features.
+            products: the features times the weight, `[..., outputs]`, or `[..., n, outputs]` where the weight is of
+                width C, so that each stream is projected by itself.
+            scale: one over the root mean square of the features, `[..., 1]` or `[..., n, 1]`. It is one number for all
+                of them, so it follows the thin product instead of touching all features.
         """
-        return (products * scale).squeeze(-2)
+        return products * scale
 
     def gates(self, pre: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
         """`h_pre` and `h_post` from their logits, `[..., n]` each."""
@@ -135,7 +135,8 @@ class Mixing:
 
         Args:
             products: as in `predict`; None if the mappings are static.
-            squares: the mean squares of the groups, to which eps is added, `[..., G, 1]`; None with them.
+            squares: the mean squares of the features, to which eps is added, `[..., 1]` or `[..., n, 1]`; None with
+                the products.
             bias: the static part `[n + n + num_logits]`.
             alpha: what the predictions for read weights, write weights and mixing are multiplied with, `[3]`.
         """

@@ -24,7 +24,7 @@ def mean_of_streams(streams: Tensor) -> Tensor:
     """`[..., n, C]` -> `[..., C]`, accumulated in at least fp32; the mean of equal streams is bitwise that stream."""
     wide = _widened(streams)
     if may_look(wide) and not transformed():
-        if not all_equal(wide.flatten(0, -3)):
+        if not all_equal(wide):
             return wide.mean(-2).to(streams.dtype)
         if not torch.is_grad_enabled():
             return streams[..., 0, :].contiguous()

@@ -17,9 +17,8 @@ TOKENS, STREAMS, WIDTH = 40, 4, 24  # too many tokens for the path of a handful
 
 @pytest.fixture
 def nothing_kept(monkeypatch) -> None:
-    """Every tensor that is kept is made again."""
-    for name in ("_kept_number", "kept_indices"):
-        getattr(known_values, name).cache_clear()
+    """Every tensor that is kept is made again, and what is made here is forgotten."""
+    monkeypatch.setattr(known_values, "_KEPT", {})
 
 
 def equal_streams() -> torch.Tensor:
@@ -137,20 +136,40 @@ def test_what_is_made_in_inference_mode_serves_in_training(tokens: int) -> None:
 
 
 @pytest.mark.usefixtures("nothing_kept")
-def test_what_is_not_there_is_not_kept() -> None:
-    """Fake and meta tensors have no values; what is made beside them must not be found beside others."""
-    module = HyperConnection(WIDTH, STREAMS)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        for tokens in (1, TOKENS):
-            connected(module, fake.from_tensor(torch.randn(1, tokens, STREAMS, WIDTH)))
+@pytest.mark.parametrize("mode", ["fake", "grad", "vmap", "jvp", "forward"])
+def test_what_belongs_to_a_mode_is_not_kept(mode: str) -> None:
+    """Neither fake tensors nor those of a transform may be found outside of it."""
+    module, streams = HyperConnection(WIDTH, STREAMS), torch.randn(1, 1, STREAMS, WIDTH)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+
+    def run(streams: torch.Tensor) -> torch.Tensor:
+        known_values.kept_indices(module.mixing.sizes)
+        known_values.number_tensor(module.eps, torch.ones(1))
+        return connected(module, streams).sum()
+
+    if mode == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            run(fake.from_tensor(streams))
+    elif mode == "forward":
+        with torch.autograd.forward_ad.dual_level():
+            run(torch.autograd.forward_ad.make_dual(streams, streams))
+    elif mode == "jvp":
+        torch.func.jvp(run, (streams,), (streams,))
+    else:
+        getattr(torch.func, mode)(run)(streams)
+    assert not known_values._KEPT
+    found = connected(module, streams)
+    assert known_values._KEPT
+    module.kernel = "reference"
+    torch.testing.assert_close(found, connected(module, streams.repeat(1, TOKENS, 1, 1))[:, :1])
+
+
+def test_a_tensor_without_values_gets_numbers() -> None:
     with torch.device("meta"):
-        beside = torch.ones(2)
-    assert number(0.5, beside) == 0.5
-    assert number_tensor(0.5, beside).is_meta
-    with torch.device("meta"):
-        made = number_tensor(0.5, torch.ones(2, device="cpu"))
-    assert made.item() == 0.5
-    connected(module, torch.randn(1, 1, STREAMS, WIDTH)).sum().backward()
+        assert number(0.5, torch.ones(2)) == 0.5
+        assert number_tensor(0.5, torch.ones(2)).is_meta
+        assert number_tensor(0.5, torch.ones(2, device="cpu")).item() == 0.5
 
 
 def test_the_dtype_is_that_of_the_neighbour() -> None:
