@@ -22,8 +22,7 @@ from .stream_module import StreamModule
 PLACE_NAMES = ("hc_config", "hc_layer_index", "hc_first_layer", "hc_last_layer")
 
 
-# What an attribute is that stands for a functional dropout.
-PROBABILITY = (int, float)
+PROBABILITY = (int, float)  # of a functional dropout
 Connections = dict[str, StreamModule | None]
 
 
@@ -80,8 +79,7 @@ class HyperConnectedLayer(nn.Module):
         if self.spec.gain is not None:
             streams = streams * attribute(self, self.spec.gain)
         # Read at run time: assisted generation leaves early by lowering num_hidden_layers.
-        index = self.hc_layer_index
-        ends = index == self.hc_last_layer or index == self.hc_config.num_hidden_layers - 1
+        ends = self.hc_layer_index in (self.hc_last_layer, self.hc_config.num_hidden_layers - 1)
         if ends and not self.reads_out_after_norm():
             streams = self.read_out(streams)
         returned = self.interface.returned
@@ -147,8 +145,7 @@ class HyperConnectedLayer(nn.Module):
             branch_output = self.call(name, branch_output)
         if step.scale is not None:
             branch_output = branch_output * attribute(self, step.scale)
-        # Some experts return [B * S, C].
-        shape = branch_input.shape
+        shape = branch_input.shape  # some experts return [B * S, C]
         return branch_output if branch_output.shape == shape else branch_output.view(shape)
 
     def run_sublayer(

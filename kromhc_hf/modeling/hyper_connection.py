@@ -5,13 +5,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from .generators import GENERATORS
 from .kernels import check_kernel, described, select_connect
-from .kernels_eager import without_autocast
+from .kernels_eager import project_reference, without_autocast
 from .mixing import cast
 from .options import BRANCH_OPTIONS, BranchKeywords, StreamOptions, show_options
 from .read_gate import gate_shapes, gated_part, initial_gate
@@ -178,17 +177,9 @@ class HyperConnection(StreamModule):
             return Mappings(one, one, one.unsqueeze(-1))
         assert bias is not None
         with without_autocast(streams):
-            projected = self._projected(streams.to(dtype))
+            projected = project_reference(streams.to(dtype), self._weight(dtype), self.eps)
             alpha = optional_cast(self.alpha, dtype)
             return Mappings(*self.mixing.mappings(*projected, cast(bias, dtype), alpha, leading))
-
-    def _projected(self, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The products of the features with the weight, and mean squares with eps added; see `Mixing.predict`."""
-        weight = self._weight(wide.dtype)
-        if weight is None:
-            return None, None
-        features = wide if weight.shape[1] == self.hidden_size else wide.flatten(-2)
-        return F.linear(features, weight), features.square().mean(-1, keepdim=True) + self.eps
 
     def _weight(self, dtype: torch.dtype) -> Tensor | None:
         """What predicts the mappings, `[outputs, width]`; None if they are static."""

@@ -237,15 +237,9 @@ def connect(
     branch_input = read(looked_at, for_tokens(h_pre, tokens.shape[:1]))
 
     def write_back(branch_output: Tensor) -> Tensor:
+        h_res = None if looked_at.stay(sum_to_one) else for_tokens(mixing.matrix(logits), tokens.shape[:1], 2)
         output, gates = branch_output.flatten(0, -2), for_tokens(h_post, tokens.shape[:1])
-        if not looked_at.stay(sum_to_one):
-            h_res = for_tokens(mixing.matrix(logits), tokens.shape[:1], 2)
-            return write(looked_at, h_res, gates, output, sum_to_one).view(streams.shape)
-        if not torch.equal(gates, gates[:, :1].expand_as(gates)):
-            return write(looked_at, None, gates, output, sum_to_one).view(streams.shape)
-        # They stay equal, and one is enough.
-        one = write(Streams(tokens[:, :1], "equal"), None, gates[:, :1], output, sum_to_one)
-        return one.view(*streams.shape[:-2], 1, -1).expand(streams.shape)
+        return write(looked_at, h_res, gates, output, sum_to_one).view(streams.shape)
 
     return branch_input.view(*streams.shape[:-2], -1), write_back
 
@@ -276,14 +270,8 @@ def width_reference(
     """
     wide = cast(streams, bias.dtype)
     looks = may_look(wide) and not transformed()
-    products, squares = None, None
-    if weight is not None:
-        width = weight.shape[1]
-        rows = wide if width == wide.shape[-1] else wide.flatten(-2)
-        products = F.linear(rows, weight)
-        squares = torch.add(number_tensor(eps, rows), (rows * rows).sum(-1, keepdim=True), alpha=1 / width)
-    h_pre, h_post, logits = mixing.weights_and_logits(products, squares, bias, alpha)
-    if looks and not all_equal(wide):
+    h_pre, h_post, logits = mixing.weights_and_logits(*project_reference(wide, weight, eps), bias, alpha)
+    if looks and not all_equal(streams):
         # Not a batched product, for which a library would wake up all threads.
         return wide, (h_pre.unsqueeze(-1) * wide).sum(-2), h_post, logits
     first = wide.select(-2, 0)
@@ -292,3 +280,13 @@ def width_reference(
         return wide, branch_input, h_post, None if mixing.rows_sum_to_one else logits
     rest = (h_pre[..., 1:, None] * (wide[..., 1:, :] - first.unsqueeze(-2))).sum(-2)
     return wide, branch_input + rest, h_post, logits
+
+
+def project_reference(wide: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor | None]:
+    """The products of streams `[..., n, C]` with the weight, and mean squares with eps added; see `Mixing.predict`."""
+    if weight is None:
+        return None, None
+    width = weight.shape[1]
+    rows = wide if width == wide.shape[-1] else wide.flatten(-2)
+    squares = torch.add(number_tensor(eps, rows), (rows * rows).sum(-1, keepdim=True), alpha=1 / width)
+    return F.linear(rows, weight), squares

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 def keeps(beside: Tensor) -> bool:
     """Whether a small tensor that is always the same may be made once, to be used beside this one."""
-    return beside.is_cpu and type(beside) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and beside.is_cpu and type(beside) in (Tensor, nn.Parameter)
 
 
 def may_look(tensor: Tensor) -> bool:

@@ -22,12 +22,9 @@ def expand(hidden_states: Tensor, num_streams: int) -> Tensor:
 
 def mean_of_streams(streams: Tensor) -> Tensor:
     """`[..., n, C]` -> `[..., C]`, accumulated in at least fp32; the mean of equal streams is bitwise that stream."""
+    if may_look(streams) and not (torch.is_grad_enabled() or transformed()) and all_equal(streams):
+        return streams[..., 0, :].clone()
     wide = _widened(streams)
-    if may_look(wide) and not transformed():
-        if not all_equal(wide):
-            return wide.mean(-2).to(streams.dtype)
-        if not torch.is_grad_enabled():
-            return streams[..., 0, :].contiguous()
     first = wide[..., :1, :]
     return (first + (wide - first).mean(-2, keepdim=True)).squeeze(-2).to(streams.dtype)
 

@@ -31,31 +31,23 @@ def connected(module: HyperConnection, streams: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_streams_stay_one(dtype: torch.dtype) -> None:
-    """Without gradients one stream is computed; the values are those with gradients, bit for bit."""
-    module, streams = HyperConnection(WIDTH, STREAMS), equal_streams().to(dtype)
-    with_gradients = connected(module, streams)
-    with torch.no_grad():
-        once = connected(module, streams)
-        twice = connected(module, once)
-    assert once.stride(2) == twice.stride(2) == 0
-    assert with_gradients.stride(2) == WIDTH
-    assert torch.equal(once, with_gradients)
-    assert torch.equal(twice, connected(module, with_gradients))
-
-
-@pytest.mark.parametrize("changed", ["h_post", "streams", "rows"])
-def test_streams_that_part_are_written_apart(changed: str) -> None:
+@pytest.mark.parametrize("changed", ["nothing", "h_post", "streams", "rows"])
+def test_equal_streams_take_less(changed: str, dtype: torch.dtype) -> None:
+    """The values are those with gradients, bit for bit, and each stream has memory of its own."""
     module = HyperConnection(WIDTH, STREAMS, variant="mhc" if changed == "rows" else "kromhc")
-    streams = equal_streams()
+    streams = equal_streams().to(dtype)
     with torch.no_grad():
         if changed == "h_post":
             module.bias[STREAMS] += 1
         if changed == "streams":
             streams[1, 7, 2, 3] += 1
         found = connected(module, streams)
-    assert found.stride(2) == WIDTH
-    assert torch.equal(found, connected(module, streams))
+        again = connected(module, found)
+        assert torch.equal(found[0, 0, 0], found[0, 0, 1]) == (changed != "h_post")
+        found[:, :, 0] += 1
+        assert not torch.equal(found[:, :, 0], found[:, :, 1])
+    with_gradients = connected(module, streams)
+    assert torch.equal(again, connected(module, with_gradients))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -82,15 +74,21 @@ def test_looks_at_every_token() -> None:
         assert not all_equal(different)
 
 
+@pytest.mark.parametrize("num_streams", [2, 3, 5, 8])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_the_mean_of_streams(gradients: bool) -> None:
-    streams = equal_streams()
-    with torch.set_grad_enabled(gradients):
-        assert torch.equal(mean_of_streams(streams), streams[:, :, 0])
-        different = torch.randn_like(streams)
-        torch.testing.assert_close(mean_of_streams(different), different.double().mean(2).float())
-    half = (torch.randn(2, 3, STREAMS, WIDTH) + 100).bfloat16()
-    assert torch.equal(mean_of_streams(half), half.double().mean(2).bfloat16())
+def test_the_mean_of_streams(gradients: bool, num_streams: int) -> None:
+    """Of each token by itself; what comes out shares no memory with the streams."""
+    one = torch.randn(2, TOKENS, 1, WIDTH)
+    for streams in (one.expand(-1, -1, num_streams, -1), one.repeat(1, 1, num_streams, 1)):
+        with torch.set_grad_enabled(gradients):
+            found = mean_of_streams(streams)
+            assert torch.equal(found, one.squeeze(2))
+            found += 1
+            assert torch.equal(streams, one.expand_as(streams))
+            partly = torch.cat([torch.randn(2, 1, num_streams, WIDTH), streams], 1)
+            mean = mean_of_streams(partly)
+        assert torch.equal(mean[:, 1:], one.squeeze(2))
+        torch.testing.assert_close(mean[:, 0], partly[:, 0].double().mean(1).float())
 
 
 @pytest.mark.parametrize("values", ["equal", "different"])
@@ -112,7 +110,6 @@ def test_factors_of_predictions(variant: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_token_is_computed_like_several(variant: str) -> None:
-    """A token by itself takes products of its own."""
     module = HyperConnection(WIDTH, STREAMS, variant=variant).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
