@@ -11,7 +11,7 @@ from kromhc_hf import (
     count_parameters,
     grow_streams,
 )
-from kromhc_hf.modeling.kernels_eager import connect
+from kromhc_hf.modeling.kernels_eager import connect, project_reference
 from kromhc_hf.modeling.variants import VARIANTS
 
 
@@ -62,8 +62,8 @@ def test_factors_are_the_sum_of_their_products(variant: str, num_streams: int, r
     # Float64, sums of at most 64 terms of order 1 to 10.
     for one, other in zip(found, run(lambda x: connect(x, *arguments)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
-    products, _ = module._projected(streams)
-    torch.testing.assert_close(products.squeeze(-2), streams.flatten(-2) @ by_hand.T, rtol=1e-11, atol=1e-11)
+    products, _ = project_reference(streams, module._weight(streams.dtype), module.eps)
+    torch.testing.assert_close(products, streams.flatten(-2) @ by_hand.T, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
