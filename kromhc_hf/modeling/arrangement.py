@@ -60,8 +60,6 @@ def stretch(layers: Any) -> tuple[int, int]:
 
 def connected_layer(layer: Any) -> HyperConnectedLayer | None:
     """A decoder layer with hyper-connections, also where it is wrapped as by FSDP; None for a plain one."""
-    if isinstance(layer, HyperConnectedLayer):
-        return layer
     return next((part for part in layer.modules() if isinstance(part, HyperConnectedLayer)), None)
 
 

@@ -31,7 +31,7 @@ from .kernels_eager_passes import (
     weight_gradient,
     write,
 )
-from .known_values import all_equal, may_look, number_tensor, transformed
+from .known_values import all_equal, may_look, number_tensor
 from .mixing import IfDynamic, Mixing, cast, for_tokens
 from .recomputation import Origin, origin_of, remember
 
@@ -269,7 +269,7 @@ def width_reference(
     There are no logits where mixing leaves the streams as they are: equal ones, by rows that sum to 1.
     """
     wide = cast(streams, bias.dtype)
-    looks = may_look(wide) and not transformed()
+    looks = may_look(wide)
     h_pre, h_post, logits = mixing.weights_and_logits(*project_reference(wide, weight, eps), bias, alpha)
     if looks and not all_equal(streams):
         # Not a batched product, for which a library would wake up all threads.

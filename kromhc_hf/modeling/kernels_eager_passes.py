@@ -92,13 +92,13 @@ def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor 
         else:
             by_half = wide_sums(rows.unsqueeze(0), factor.t().unsqueeze(0)).squeeze(0).unflatten(-1, (-1, 2))
             products.append(by_half[:, :outputs].sum(-1))
-    product, norm = joined(products), joined(norms)
+    found, norm = joined(products), joined(norms)
     squares = torch.addcmul(number_tensor(eps, norm), norm, norm, value=1 / width)
     if by_stream and one_for_all:
-        return product.unsqueeze(1).expand(-1, n, -1), squares.unsqueeze(1).expand(-1, n, -1)
+        return found.unsqueeze(1).expand(-1, n, -1), squares.unsqueeze(1).expand(-1, n, -1)
     if by_stream:
-        return product.view(tokens, n, outputs), squares.view(tokens, n, 1)
-    return product, squares
+        return found.view(tokens, n, outputs), squares.view(tokens, n, 1)
+    return found, squares
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -270,9 +270,8 @@ def streams_gradient(
 def weight_gradient(streams: Tensor, weight: Tensor, grad_products: Tensor) -> Tensor:
     """`sum_t grad_products[t] streams[t]`, like the weight."""
     dtype, parts = held(streams, weight.dtype), []
-    for span in spans(streams, dtype):
-        rows = streams[span].reshape(-1, weight.shape[1]).to(dtype)
-        grads = grad_products[span].reshape(-1, weight.shape[0])
+    for part, grads in in_spans(dtype, streams, grad_products):
+        rows, grads = cast(part.reshape(-1, weight.shape[1]), dtype), grads.reshape(-1, weight.shape[0])
         if dtype == weight.dtype:
             # Libraries do not divide a sum over tokens between threads well.
             count = gcd(len(rows), 2 * torch.get_num_threads())

@@ -15,8 +15,8 @@ def keeps(beside: Tensor) -> bool:
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether the values may be looked at, which is free on a CPU; a traced or a fake tensor has none."""
-    return keeps(tensor) and not torch.jit.is_tracing()
+    """Whether the values may be looked at, which is free on a CPU; a traced, transformed or fake tensor has none."""
+    return keeps(tensor) and not (torch.jit.is_tracing() or transformed())
 
 
 def transformed() -> bool:

@@ -169,8 +169,6 @@ def recurrent(module: str, pre: str | None = None, **options: Any) -> Sublayer:
 
 def attribute(module: Any, path: str) -> Any:
     """The attribute at a dotted path, or None if it does not exist."""
-    if "." not in path:
-        return getattr(module, path, None)
     for name in path.split("."):
         module = getattr(module, name, None)
     return module

@@ -1,11 +1,13 @@
 """What is known of values on a CPU: streams that are equal and stay so, and small tensors that are made once."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kromhc_hf import HyperConnection
-from kromhc_hf.modeling import kernels_eager_passes, known_values
+from kromhc_hf.modeling import kernels_eager, kernels_eager_passes, known_values
 from kromhc_hf.modeling.known_values import all_equal, number, number_tensor
 from kromhc_hf.modeling.mixing import Mixing
 from kromhc_hf.modeling.stream_ends import mean_of_streams
@@ -32,7 +34,7 @@ def connected(module: HyperConnection, streams: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changed", ["nothing", "h_post", "streams", "rows"])
-def test_equal_streams_take_less(changed: str, dtype: torch.dtype) -> None:
+def test_equal_streams_have_the_same_bits_without_gradients(changed: str, dtype: torch.dtype) -> None:
     """The values are those with gradients, bit for bit, and each stream has memory of its own."""
     module = HyperConnection(WIDTH, STREAMS, variant="mhc" if changed == "rows" else "kromhc")
     streams = equal_streams().to(dtype)
@@ -48,6 +50,21 @@ def test_equal_streams_take_less(changed: str, dtype: torch.dtype) -> None:
         assert not torch.equal(found[:, :, 0], found[:, :, 1])
     with_gradients = connected(module, streams)
     assert torch.equal(again, connected(module, with_gradients))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_equal_streams_take_less(equal: bool, monkeypatch) -> None:
+    """One of them is projected, and nothing makes `h_res`."""
+    module, streams = HyperConnection(WIDTH, STREAMS), equal_streams()
+    if not equal:
+        streams[0, 0, 0, 0] += 1
+    project, matrix = mock.Mock(wraps=kernels_eager.project), mock.Mock(wraps=module.mixing.matrix)
+    monkeypatch.setattr(kernels_eager, "project", project)
+    monkeypatch.setattr(module.mixing, "matrix", matrix)
+    with torch.no_grad():
+        connected(module, streams)
+    assert project.call_args.args[0].stride(1) == (0 if equal else WIDTH)
+    assert matrix.called == (not equal)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
