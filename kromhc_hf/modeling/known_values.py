@@ -28,21 +28,15 @@ def transformed() -> bool:
 
 
 def all_equal(streams: Tensor) -> bool:
-    """Whether every token `[..., n, C]` has n equal streams. Streams that differ mostly do so in the first token."""
+    """Whether every token `[..., n, C]` has n equal streams. Where they differ, the comparison ends at the first one."""
     if streams.stride(-2) == 0:
         return True
-    size, count = streams.shape[-2:], streams.numel()
-    if count == size.numel():
-        token = streams.reshape(size)
-        return torch.equal(token[:-1], token[1:])
-    streams = streams.flatten(0, -3)
-    if count > 0 and not torch.equal(streams[0, :-1], streams[0, 1:]):
-        return False
     # Compared bit by bit, in the widest pieces: twice as fast in fp32 as number by number.
     count = 8 // streams.itemsize
-    if count > 1 and streams.is_contiguous() and streams.shape[2] % count == streams.storage_offset() % count == 0:
+    if count > 1 and streams.is_contiguous() and streams.shape[-1] % count == streams.storage_offset() % count == 0:
         streams = streams.view(torch.int64)
-    return torch.equal(streams[:, :-1], streams[:, 1:])
+    others = streams.shape[-2] - 1
+    return torch.equal(streams.narrow(-2, 0, others), streams.narrow(-2, 1, others))
 
 
 _KEPT: dict[tuple[Any, ...], Tensor] = {}
