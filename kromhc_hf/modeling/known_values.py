@@ -28,7 +28,7 @@ def transformed() -> bool:
 
 
 def all_equal(streams: Tensor) -> bool:
-    """Whether every token `[..., n, C]` has n equal streams. Where they differ, the comparison ends at the first one."""
+    """Whether every token `[..., n, C]` has n equal streams. A comparison ends at the first that differ."""
     if streams.stride(-2) == 0:
         return True
     # Compared bit by bit, in the widest pieces: twice as fast in fp32 as number by number.
@@ -42,8 +42,11 @@ def all_equal(streams: Tensor) -> bool:
 _KEPT: dict[tuple[Any, ...], Tensor] = {}
 
 
-def _kept(make: Callable[..., Tensor], *known: Any) -> Tensor:
-    """What `make` makes of these values, once; nothing is kept that belongs to a mode in which it is asked for."""
+def kept(make: Callable[..., Tensor], *known: Any) -> Tensor:
+    """What `make` makes of these values on the CPU, once; nothing is kept that belongs to a mode it is asked for in.
+
+    For use beside a tensor that `keeps`.
+    """
     key = (make, *known)
     if key in _KEPT:
         return _KEPT[key]
@@ -65,7 +68,7 @@ def _make_indices(sizes: tuple[int, ...]) -> Tensor:
 
 def kept_indices(sizes: tuple[int, ...]) -> Tensor:
     """To which part each of `sum(sizes)` elements belongs, in parts of these sizes."""
-    return _kept(_make_indices, sizes)
+    return kept(_make_indices, sizes)
 
 
 def number(value: float, like: Tensor) -> Tensor | float:
@@ -73,9 +76,9 @@ def number(value: float, like: Tensor) -> Tensor | float:
 
     Operations that are given a number make a tensor of it first, which takes longer than what they do for a token.
     """
-    return _kept(_make_number, value, like.dtype) if keeps(like) else value
+    return kept(_make_number, value, like.dtype) if keeps(like) else value
 
 
 def number_tensor(value: float, like: Tensor) -> Tensor:
     """A number as a tensor without dimensions, for operations that take nothing else there."""
-    return _kept(_make_number, value, like.dtype) if keeps(like) else like.new_full((), value)
+    return kept(_make_number, value, like.dtype) if keeps(like) else like.new_full((), value)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .known_values import number
+from .known_values import keeps, kept, number
 from .mixing import DenseMixing, Mixing, widest_dtype
 from .option_table import SINKHORN_ITERATIONS
 
@@ -51,6 +51,18 @@ def permutation_mixture(logits: Tensor, orders: Iterable[Sequence[int]]) -> Tens
     size = columns.shape[-1]
     mixture = weights @ F.one_hot(columns, size).flatten(1).to(wide)
     return mixture.to(logits.dtype).unflatten(-1, (size, size))
+
+
+def _make_factors_of_two(count: int, dtype: torch.dtype) -> Tensor:
+    """How the factors of size 2 enter each entry of their Kronecker product, `[2, count, 4**count]`.
+
+    The factor is the first number plus the second times `swap`: `swap` where the digits of row and column differ, and
+    `1 - swap` elsewhere.
+    """
+    places = torch.arange(count - 1, -1, -1, device="cpu").unsqueeze(-1)
+    digits = torch.arange(1 << count, device="cpu") >> places & 1
+    differ = (digits.unsqueeze(-1) != digits.unsqueeze(-2)).flatten(1).to(dtype)
+    return torch.stack([1 - differ, 2 * differ - 1])
 
 
 class KromHCMixing(Mixing):
@@ -126,8 +138,15 @@ class KromHCMixing(Mixing):
         if not self.factors:
             return logits.new_ones(*logits.shape[:-1], 1, 1)
         swap = torch.sigmoid(self._of_twos(logits))
-        keep = number(1, swap) - swap
-        factors = list(torch.stack([keep, swap, swap, keep], dim=-1).view(*swap.shape, 2, 2).unbind(-3))
+        factors = []
+        if keeps(swap) and self.twos > 1:
+            # Entries are products of `swap` or `1 - swap` of each factor, and a matrix of each takes more operations.
+            at_zero, slope = kept(_make_factors_of_two, self.twos, swap.dtype).unbind()
+            entries = torch.addcmul(at_zero, slope, swap.unsqueeze(-1)).unbind(-2)
+            factors = [functools.reduce(torch.mul, entries).unflatten(-1, (1 << self.twos, 1 << self.twos))]
+        elif self.twos:
+            keep = number(1, swap) - swap
+            factors = list(torch.stack([keep, swap, swap, keep], dim=-1).view(*swap.shape, 2, 2).unbind(-3))
         factors += [
             permutation_mixture(part, permutations(range(self.factors[position])))
             for position, part in self._larger_factors(logits)
