@@ -8,6 +8,7 @@ For the last, clone https://github.com/wz1119/KromHC, whose module needs the pac
 streams in its own layout, and the other paths its weights.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -50,22 +51,34 @@ class Way(NamedTuple):
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = branch_arguments(__doc__)
+    parser.add_argument("--kernel", choices=KERNELS, default="auto")
+    options = parsed(parser)
+    rows = [row for n in options.streams for row in measure(n, options)]
+    report(rows, options)
+    if options.plot:
+        bars(rows, lambda row: f"{row['path']} {row['pass']} n={row['n']}", "times eager", options.plot)
+
+
+def branch_arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark of a single branch."""
+    parser = arguments(description)
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--streams", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--kernel", choices=KERNELS, default="auto")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--official", type=Path, metavar="FOLDER", help="a checkout of the authors' repository")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, checked, with threads and seed as they say."""
     options = parser.parse_args()
     if options.official and not (options.official / OFFICIAL).is_file():
         parser.error(f"--official must be a checkout with {OFFICIAL} in it; got {options.official}.")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    rows = [row for n in options.streams for row in measure(n, options)]
-    report(rows, options)
-    if options.plot:
-        bars(rows, lambda row: f"{row['path']} {row['pass']} n={row['n']}", "times eager", options.plot)
+    return options
 
 
 def made(n: int, options: Any) -> tuple[HyperConnection, torch.Tensor, torch.Tensor]:
@@ -81,10 +94,6 @@ def eager(module: HyperConnection, streams: torch.Tensor) -> torch.Tensor:
     """The new streams from the equations, with F = identity."""
     wide = streams.to(module.bias.dtype)
     return eager_kromhc(dict(module.named_parameters()), wide, lambda y: y, module.eps)[1].to(streams.dtype)
-
-
-def eager_step(module: HyperConnection, streams: torch.Tensor, cotangent: torch.Tensor) -> Callable[[], Any]:
-    return lambda: torch.autograd.grad(eager(module, streams), [streams, *module.parameters()], cotangent)
 
 
 def official(n: int, options: Any) -> torch.nn.Module:
@@ -115,23 +124,27 @@ def official_way(module: torch.nn.Module, way: Way) -> Way:
     return theirs
 
 
-def measure(n: int, options: Any) -> list[dict[str, Any]]:
+def made_ways(n: int, options: Any) -> tuple[HyperConnection, dict[str, Way]]:
+    """A hyper-connection, and the ways to its results: the plainest code, its own, compiled as well, the authors'."""
     module, streams, cotangent = made(n, options)
     theirs = official(n, options) if options.official else None
     if theirs is not None:
         module = import_reference_state_dict(theirs.state_dict())
-    module.kernel, target = options.kernel, torch.empty_like(streams)
     expanded = cotangent[..., :1, :].contiguous().expand_as(streams)
-
-    def ours(run: Callable[[torch.Tensor], torch.Tensor]) -> Way:
-        return Way(run, streams, list(module.parameters()), cotangent, expanded)
-
-    ways = {"eager": ours(partial(eager, module)), "default": ours(partial(connected, module))}
+    runs = {"eager": partial(eager, module), "default": partial(connected, module)}
+    ways = {name: Way(run, streams, list(module.parameters()), cotangent, expanded) for name, run in runs.items()}
     if theirs is not None:
         ways["official"] = official_way(theirs, ways["default"])
     if not options.no_compile:
         torch.compiler.reset()
-        ways["compiled"] = ours(partial(torch.compile(connected, fullgraph=True), module))
+        ways["compiled"] = ways["default"]._replace(run=partial(torch.compile(connected, fullgraph=True), module))
+    return module, ways
+
+
+def measure(n: int, options: Any) -> list[dict[str, Any]]:
+    module, ways = made_ways(n, options)
+    module.kernel, streams = options.kernel, ways["default"].streams
+    target = torch.empty_like(streams)
 
     candidates: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(streams.detach())}
     for name, way in ways.items():
@@ -161,7 +174,7 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
                     "pass": passes[part],
                     "ms": 1e3 * min(taken),
                     "times eager": ratio(seconds[f"eager {part}"], taken),
-                    **({} if theirs is None else {"times official": ratio(seconds[f"official {part}"], taken)}),
+                    **({} if "official" not in ways else {"times official": ratio(seconds[f"official {part}"], taken)}),
                     "copies": ratio(taken, seconds["copy"]),
                     "share of copy bandwidth": ratio(rate, copy_rate),
                     "peak bytes per token": peak_bytes(candidates[f"{name} {part}"], options.device) // options.tokens,

@@ -1,10 +1,14 @@
-"""What one hyper-connection cannot be faster than in plain PyTorch: its library calls, each measured by itself.
+"""What one hyper-connection cannot be faster than on this machine: its library calls, each measured by itself.
 
 The calls are those of the default path for fp32, forward and backward, with what they allocate. Their sum, against the
-plainest eager code measured in the same run, is the largest ratio that the default path can reach on this machine.
-Calls that are used 0 times are what could stand in for others, and is slower.
+plainest eager code measured in the same run, is the largest ratio that the default path can reach. Calls that are used
+0 times are what could stand in for others, and is slower.
+
+Compiled, fewer calls are left, and the passes that fuse must move at least (5n + 4) C elements per token: the new
+streams and their gradient, 2n C of them, are written where no memory was before, the others at the speed of a copy.
 
 python -m benchmarks.roofline                                           # CPU, fp32, C = 768, T = 1024
+python -m benchmarks.roofline --official ../KromHC                      # beside the authors' module
 """
 
 from collections.abc import Callable
@@ -14,55 +18,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.hyper_connection import eager_step, made
-from benchmarks.measuring import arguments, in_turn, ratio, report
+from benchmarks.hyper_connection import branch_arguments, made_ways, parsed
+from benchmarks.measuring import in_turn, ratio, report
+from kromhc_hf import HyperConnection
 from kromhc_hf.modeling.kernels_eager_passes import weight_gradient
-from kromhc_hf.modeling.variants import make_mixing
+
+
+COPY, NEW_MEMORY = "copy of the streams", "streams written where no memory was before"
+# Calls of a library that are left when the default path is compiled.
+COMPILED = (
+    "projection",
+    "product n x C with C x n",
+    "gradient of the streams from the projection",
+    "gradient of the weight in one product",
+)
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--hidden-size", type=int, default=768)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--streams", type=int, nargs="+", default=[2, 4, 8])
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = parsed(branch_arguments(__doc__))
     report([row for n in options.streams for row in measure(n, options)], options)
 
 
 def measure(n: int, options: Any) -> list[dict[str, Any]]:
-    module, streams, cotangent = made(n, options)
-    calls = parts(n, module.weight.detach(), streams.detach().flatten(0, 1), cotangent.flatten(0, 1))
-
-    def default() -> Any:
-        branch_input, write = module(streams)
-        return torch.autograd.grad(write(branch_input), [streams, *module.parameters()], cotangent)
-
-    candidates = {"eager": eager_step(module, streams, cotangent), "default": default} | {
-        name: call for name, (_, call) in calls.items()
+    module, ways = made_ways(n, options)
+    streams, cotangent = ways["default"].streams.detach(), ways["default"].cotangent
+    calls = parts(module, streams.flatten(0, 1), cotangent.flatten(0, 1))
+    candidates = {name: way.both for name, way in ways.items()} | {name: call for name, (_, call) in calls.items()}
+    seconds, rounds = in_turn(candidates, options), range(options.rounds)
+    bounds = {
+        "sum of the calls": [total(seconds, i, {name: count for name, (count, _) in calls.items()}) for i in rounds],
+        "compiled: calls, and passes that move least": [
+            total(seconds, i, dict.fromkeys(COMPILED, 1) | {COPY: (3 * n + 4) / (2 * n), NEW_MEMORY: 2}) for i in rounds
+        ],
     }
-    seconds = in_turn(candidates, options)
-    times = {"eager": 1, "default": 1} | {name: count for name, (count, _) in calls.items()}
-    sums = [sum(times[name] * seconds[name][i] for name in calls) for i in range(options.rounds)]
-    rows = [
-        {"n": n, "what": name, "times used": times[name], "ms each": 1e3 * min(taken), "times faster than eager": ""}
-        for name, taken in seconds.items()
-    ]
-    rows[1]["times faster than eager"] = ratio(seconds["eager"], seconds["default"])
-    total = {"n": n, "what": "sum of the calls", "times used": 1, "ms each": 1e3 * min(sums)}
-    return [*rows, total | {"times faster than eager": ratio(seconds["eager"], sums)}]
+    rows = []
+    for name, taken in (seconds | bounds).items():
+        times = calls[name][0] if name in calls else 1
+        row = {"n": n, "what": name, "times used": times, "ms each": 1e3 * min(taken)}
+        for other in ways.keys() & {"eager", "official"}:
+            row[f"times faster than {other}"] = "" if name in calls else ratio(seconds[other], taken)
+        rows.append(row)
+    return rows
 
 
-def parts(n: int, weight: Tensor, streams: Tensor, grad: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
+def total(seconds: dict[str, list[float]], index: int, times: dict[str, float]) -> float:
+    """What these candidates took in a round, each so many times."""
+    return sum(count * seconds[name][index] for name, count in times.items())
+
+
+def parts(module: HyperConnection, streams: Tensor, grad: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
     """The calls by name, and how often a training step makes them; streams `[T, n, C]`."""
-    tokens, _, width = streams.shape
+    weight = module.weight.detach()
+    tokens, n, width = streams.shape
     rows, outputs = streams.flatten(1), len(weight)
     padded = F.pad(weight, (0, 0, 0, -outputs % 8))
     h_res, h_pre = torch.rand(tokens, n, n), torch.rand(tokens, 1, n)
     output, grads, scale = torch.randn(tokens, 1, width), torch.randn(tokens, 1, outputs), torch.rand(tokens, 1)
-    place, mixing = torch.empty_like(streams), make_mixing("kromhc", n)
+    place, mixing = torch.empty_like(streams), module.mixing
     logits = torch.randn(tokens, mixing.num_logits)
+    products, squares = torch.randn(tokens, outputs), torch.rand(tokens, 1)
     return {
         "projection": (1, lambda: torch.mm(rows, padded.t())),
         "norm": (1, lambda: torch.linalg.vector_norm(rows, dim=-1)),
@@ -74,11 +88,26 @@ def parts(n: int, weight: Tensor, streams: Tensor, grad: Tensor) -> dict[str, tu
         "gradient of the streams from the projection": (1, lambda: place.flatten(1).addmm_(grads.squeeze(1), weight)),
         "gradient of the norm": (1, lambda: place.flatten(1).addcmul_(scale, rows)),
         "gradient of the weight": (1, lambda: weight_gradient(streams, weight, grads)),
+        "mappings": (1, lambda: mappings(module, products, squares)),
+        "mappings once more, and their gradients": (1, lambda: mappings(module, products, squares, h_pre, h_res)),
         "projection, weight not filled up": (0, lambda: torch.mm(rows, weight.t())),
         "gradient of the weight in one product": (0, lambda: torch.mm(grads.squeeze(1).t(), rows)),
         "n x n with n x C, one update per stream": (0, lambda: by_stream(h_res, streams)),
         "n x n with n x C, factors one by one": (0, lambda: mixing.mix(streams, logits)),
+        COPY: (0, lambda: place.copy_(streams)),
+        NEW_MEMORY: (0, lambda: torch.empty_like(streams).fill_(1)),
+        "one gradient for all streams, written out": (0, lambda: grad[:, :1].expand_as(grad).contiguous()),
     }
+
+
+def mappings(module: HyperConnection, products: Tensor, squares: Tensor, *grads: Tensor) -> Any:
+    """The mappings of a hyper-connection from projected streams; with gradients of weights and `h_res`, their own."""
+    leaves = [t.detach().requires_grad_(bool(grads)) for t in (products, squares, module.bias, module.alpha)]
+    found = module.mixing.mappings(*leaves, products.shape[:1])
+    if not grads:
+        return found
+    h_pre, h_res = grads
+    return torch.autograd.grad(found, leaves, (h_pre.squeeze(1), h_pre.squeeze(1), h_res))
 
 
 def by_stream(h_res: Tensor, streams: Tensor) -> Tensor:

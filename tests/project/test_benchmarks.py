@@ -20,7 +20,7 @@ TINY_LLAMA = "--hidden-size 64 --layers 2 --vocabulary 50 --sequence 16"
             ["no streams", "kromhc", "kromhc, layers 1:2"],
         ),
         ("hyper_connection", "--hidden-size 32 --tokens 32 --streams 2 --no-compile", ["2"]),
-        ("roofline", "--hidden-size 32 --tokens 32 --streams 2", ["2"]),
+        ("roofline", "--hidden-size 32 --tokens 32 --streams 2 --no-compile", ["2"]),
         ("scaling", "--hidden-sizes 32 --tokens 32 --streams 2", ["2"]),
         ("traffic", "--hidden-size 32 --tokens 32 --streams 2 --no-compile", ["2"]),
     ],
