@@ -3,7 +3,6 @@
 It is longer than other files because every option is described where it stands.
 """
 
-import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +36,7 @@ from .command_options import (
 )
 from .command_progress import PartsWithTimes
 from .conversion.disk import LINKS
+from .json_text import json_text
 from .modeling.option_table import check_choice
 from .quiet import quiet
 
@@ -231,7 +231,7 @@ def inspect(
         progress.live.transient = False
     if as_json:
         names = ("model", "before")
-        print(json.dumps(dict(zip(names, (inspection.to_dict() for inspection in inspected))), indent=2))
+        print(json_text(dict(zip(names, (inspection.to_dict() for inspection in inspected)))))
     else:
         for inspection in reversed(inspected):
             _print_inspection(inspection)
@@ -287,7 +287,7 @@ def compare(
         minutes = prepare(study, directory, device) / workers / 60
     messages.print(f"{len(study.arms)} arms, {seeds} seeds, {steps} steps: about {minutes:.0f} minutes", soft_wrap=True)
     summary = run_comparison(study, directory, workers, device)
-    print(json.dumps(summary, indent=2) if as_json else table(summary))
+    print(json_text(summary) if as_json else table(summary))
     messages.print(f"pictures: {directory / 'differences.png'}, {directory / 'curves.png'}", soft_wrap=True)
 
 
@@ -338,7 +338,7 @@ def families(
 
         rows = [how_handled(model, trust_remote_code)]
     if as_json:
-        print(json.dumps([row._asdict() for row in rows], indent=2))
+        print(json_text([row._asdict() for row in rows]))
         return
     for supported, title in ((True, "supported"), (False, "refused")):
         part = [row for row in rows if row.supported == supported]
@@ -380,7 +380,7 @@ def doctor(
     run_family_file(family)
     found = diagnosis(model, trust_remote_code)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json_text(found))
         return
     table = Table(show_header=False, box=SIMPLE, padding=(0, 1, 0, 0))
     for name, value in found["versions"].items():
@@ -418,7 +418,7 @@ def _push(folder: Path, repo_id: str, private: bool) -> None:
 
 def _finish(report: "ConversionReport", as_json: bool) -> None:
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json_text(report.to_dict()))
     else:
         output.print(_table(report))
     if not report.passed:

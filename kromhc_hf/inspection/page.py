@@ -1,6 +1,5 @@
 """One self-contained HTML page: sections with pictures, light or dark, from 400 pixels on."""
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from ..json_text import json_text
 from .themed_svg import css_variables, to_svg
 
 
@@ -109,7 +109,7 @@ def page(title: str, body: str, numbers: Any) -> str:
         numbers: what JSON can say; it is in the page in the element with the id `numbers`.
     """
     # Inside a script element only "</" could end it.
-    data = json.dumps(numbers).replace("</", "<\\/")
+    data = json_text(numbers, indent=None).replace("</", "<\\/")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

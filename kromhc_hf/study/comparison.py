@@ -9,6 +9,7 @@ from typing import Any
 from ..conversion.base import refuse_adapter
 from ..conversion.files import resolve_source
 from ..inspection.plots import require_matplotlib
+from ..json_text import finite
 from .arm import Arm, StudyError, make_arm
 from .cost import measure_costs, read_costs, seconds_left
 from .report import draw_curves, draw_differences, summarize
@@ -79,7 +80,7 @@ def compare(study: Study, folder: Path, workers: int, device: str) -> dict[str, 
     execute(study, folder, Path(), workers, device)
     about = {"device": device, "name": device_name(device), "torch": version("torch")}
     summary = summarize(study, results(study, folder, Path()), read_costs(study, folder), about)
-    write_atomically(folder / "summary.json", summary)
+    write_atomically(folder / "summary.json", finite(summary))
     draw_differences(summary, folder / "differences.png")
     draw_curves(summary, study.curves, folder / "curves.png")
     return summary
