@@ -57,7 +57,8 @@ def main() -> None:
     rows = [row for n in options.streams for row in measure(n, options)]
     report(rows, options)
     if options.plot:
-        bars(rows, lambda row: f"{row['path']} {row['pass']} n={row['n']}", "times eager", options.plot)
+        rows = [row for row in rows if row["path"] != "eager"]
+        bars(rows, lambda row: f"n={row['n']} {row['path']}, {row['pass']}", "times eager", options.plot)
 
 
 def branch_arguments(description: str | None) -> argparse.ArgumentParser:

@@ -114,10 +114,10 @@ def bars(rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str], val
     """Draws one number per row as a horizontal bar."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 0.35 * len(rows) + 1), layout="constrained")
+    figure = Figure(figsize=(9, 0.35 * len(rows) + 1), layout="constrained")
     axes = figure.subplots()
     drawn = axes.barh([label(row) for row in rows][::-1], [row[value] for row in rows][::-1])
     axes.bar_label(drawn, fmt=" %.3g")
-    axes.margins(x=0.1)
+    axes.margins(x=0.15, y=0.02)
     axes.set_xlabel(value)
     figure.savefig(path, dpi=120)
