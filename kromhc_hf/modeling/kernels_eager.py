@@ -31,7 +31,7 @@ from .kernels_eager_passes import (
     weight_gradient,
     write,
 )
-from .known_values import all_equal, may_look, number_tensor
+from .known_values import all_equal, may_look, number_tensor, refuse_batched
 from .mixing import IfDynamic, Mixing, cast, for_tokens
 from .recomputation import Origin, origin_of, remember
 
@@ -86,6 +86,7 @@ class WidthConnection(torch.autograd.Function):
         ctx: Any, grad_input: Tensor | None, grad_h_post: Tensor | None, grad_mixed: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         streams, weight, bias, alpha, products, squares = ctx.saved_tensors
+        refuse_batched(grad_input, grad_h_post, grad_mixed)
         with without_autocast(bias):
             if ctx.origin is not None:
                 streams = ctx.origin.streams()
@@ -142,6 +143,7 @@ class DepthConnection(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h_post, branch_output = ctx.saved_tensors[:2]
         grad_h_post, grad_output = None, None
+        refuse_batched(grad)
         with without_autocast(grad):
             if torch.is_grad_enabled():
                 wide = cast(grad.flatten(0, -3), h_post.dtype)

@@ -27,6 +27,19 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def refuse_batched(*grads: Tensor | None) -> None:
+    """Refuses many gradients at once, for which the passes over the streams have no rule.
+
+    Raises:
+        RuntimeError: with the way out.
+    """
+    if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+        raise RuntimeError(
+            "is_grads_batched must be False unless every hyper-connection has kernel='reference'; got many gradients "
+            "at once. Set that kernel, or use torch.func.vmap around the function of torch.func.vjp."
+        )
+
+
 def all_equal(streams: Tensor) -> bool:
     """Whether every token `[..., n, C]` has n equal streams. A comparison ends at the first that differ."""
     if streams.stride(-2) == 0:

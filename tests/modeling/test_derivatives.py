@@ -202,6 +202,23 @@ def test_gradient_penalties_of_all_kinds_of_models(made: str, length: int) -> No
     close(found["torch"], found["reference"], MODEL_TOLERANCE)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_many_gradients_at_once(kernel: str) -> None:
+    """They are those of one after the other, or refused with the way out, which gives them."""
+    module = randomised(kernel=kernel)
+    streams = torch.randn(1, LENGTHS[-1], 2, 3, dtype=torch.float64, requires_grad=True)
+    call, parameters = as_function(module), tuple(module.parameters())
+    out, cotangents = call(streams, *parameters), torch.randn(4, *streams.shape, dtype=torch.float64)
+    if kernel == "auto":
+        with pytest.raises(RuntimeError, match="kernel='reference'.*torch.func.vmap"):
+            torch.autograd.grad(out, streams, cotangents, is_grads_batched=True, retain_graph=True)
+        (found,) = torch.func.vmap(torch.func.vjp(lambda x: call(x, *parameters), streams)[1])(cotangents)
+    else:
+        (found,) = torch.autograd.grad(out, streams, cotangents, is_grads_batched=True, retain_graph=True)
+    expected = [torch.autograd.grad(out, streams, one, retain_graph=True)[0] for one in cotangents]
+    close(found, torch.stack(expected))
+
+
 def test_compiled_transforms_take_operations_that_autograd_knows() -> None:
     # One layer is two connections, and every further one takes a second to compile.
     config = configurations("llama")[0]

@@ -41,7 +41,7 @@ OPTIONAL = {"_commit_hash": {"conversion/loaded_base.py"}}
 OTHERS = {
     *("_asdict", "_make", "_replace", "_getframe", "_name_", "_value_"),
     *("_member_map_", "_member_names_", "_value2member_map_"),
-    *("_C", "_version", "_are_functorch_transforms_active", "_current_level"),
+    *("_C", "_functorch", "_version", "_are_functorch_transforms_active", "_current_level"),
     *("_apply", "_modules", "_parameters", "_orig_mod"),
     *("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_has_any_global_hook"),
     *("_active_adapter", "_check_new_adapter_config", "_disable_adapters"),
