@@ -125,12 +125,13 @@ def official_way(module: torch.nn.Module, way: Way) -> Way:
     return theirs
 
 
-def made_ways(n: int, options: Any) -> tuple[HyperConnection, dict[str, Way]]:
+def made_ways(n: int, options: Any, kernel: str = "auto") -> tuple[HyperConnection, dict[str, Way]]:
     """A hyper-connection, and the ways to its results: the plainest code, its own, compiled as well, the authors'."""
     module, streams, cotangent = made(n, options)
     theirs = official(n, options) if options.official else None
     if theirs is not None:
         module = import_reference_state_dict(theirs.state_dict())
+    module.kernel = kernel
     expanded = cotangent[..., :1, :].contiguous().expand_as(streams)
     runs = {"eager": partial(eager, module), "default": partial(connected, module)}
     ways = {name: Way(run, streams, list(module.parameters()), cotangent, expanded) for name, run in runs.items()}
@@ -143,8 +144,8 @@ def made_ways(n: int, options: Any) -> tuple[HyperConnection, dict[str, Way]]:
 
 
 def measure(n: int, options: Any) -> list[dict[str, Any]]:
-    module, ways = made_ways(n, options)
-    module.kernel, streams = options.kernel, ways["default"].streams
+    _, ways = made_ways(n, options, options.kernel)
+    streams = ways["default"].streams
     target = torch.empty_like(streams)
 
     candidates: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(streams.detach())}

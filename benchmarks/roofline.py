@@ -55,7 +55,7 @@ def measure(n: int, options: Any) -> list[dict[str, Any]]:
     for name, taken in (seconds | bounds).items():
         times = calls[name][0] if name in calls else 1
         row = {"n": n, "what": name, "times used": times, "ms each": 1e3 * min(taken)}
-        for other in ways.keys() & {"eager", "official"}:
+        for other in ("eager", "official") if "official" in ways else ("eager",):
             row[f"times faster than {other}"] = "" if name in calls else ratio(seconds[other], taken)
         rows.append(row)
     return rows

@@ -12,7 +12,6 @@ from .kernels_eager import chain, width_reference
 from .kernels_triton import read, write, write_gradient
 from .kernels_triton_gradients import gate_gradients, streams_gradient, weight_gradient
 from .kernels_triton_projection import gates
-from .known_values import refuse_batched
 from .mixing import Mixing
 from .recomputation import Origin
 
@@ -46,7 +45,6 @@ class Width(torch.autograd.Function):
     def backward(
         ctx: Any, known: Tensor, grad_input: Tensor, grad_h_post: Tensor, grad_logits: Tensor
     ) -> tuple[Tensor | None, ...]:
-        refuse_batched(known, grad_input, grad_h_post, grad_logits)
         # Under checkpointing they can be asked for once only.
         streams, weight, bias, alpha, h_pre, h_post, products, squares = ctx.saved_tensors
         if ctx.origin is not None:
