@@ -15,13 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.hyper_connection import branch_arguments, made_ways, parsed
 from benchmarks.measuring import in_turn, ratio, report
 from kromhc_hf import HyperConnection
 from kromhc_hf.modeling.kernels_eager_passes import weight_gradient
+from kromhc_hf.modeling.mixing import filled_up
 
 
 COPY, NEW_MEMORY = "copy of the streams", "streams written where no memory was before"
@@ -71,7 +71,7 @@ def parts(module: HyperConnection, streams: Tensor, grad: Tensor) -> dict[str, t
     weight = module.weight.detach()
     tokens, n, width = streams.shape
     rows, outputs = streams.flatten(1), len(weight)
-    padded = F.pad(weight, (0, 0, 0, -outputs % 8))
+    padded = filled_up(weight)
     h_res, h_pre = torch.rand(tokens, n, n), torch.rand(tokens, 1, n)
     output, grads, scale = torch.randn(tokens, 1, width), torch.randn(tokens, 1, outputs), torch.rand(tokens, 1)
     place, mixing = torch.empty_like(streams), module.mixing

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixing import cast, snapped_sum
+from .mixing import cast, filled_up, snapped_sum
 
 
 class Project(torch.autograd.Function):
@@ -26,9 +26,7 @@ class Project(torch.autograd.Function):
         ctx.save_for_backward(streams, weight)
         outputs, width = weight.shape
         rows = cast(streams.reshape(streams.shape[0], -1, width), weight.dtype)
-        # Libraries have fast code for multiples of 8.
-        padded = F.pad(weight, (0, 0, 0, -outputs % 8))
-        return F.linear(rows, padded)[..., :outputs], rows.square().mean(-1)
+        return F.linear(rows, filled_up(weight))[..., :outputs], rows.square().mean(-1)
 
     @staticmethod
     def backward(ctx: Any, grad_products: Tensor, grad_squares: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .known_values import all_equal, may_look, number, number_tensor, transformed
-from .mixing import cast, snap_distance
+from .mixing import cast, filled_up, snap_distance
 
 
 # A span of wide streams should share a level 2 cache of 1 MiB per core with its sources; a GPU needs parallel work.
@@ -77,9 +77,9 @@ def project(streams: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor 
     if one_for_all:
         streams, weight = streams[:, :1], weight.reshape(outputs, -1, features).sum(1)
     width = weight.shape[1]
-    # Libraries have fast code for multiples of 8. Made here, the weight always lies at the start of a cache line: on
-    # two threads the last bits depend on that, and a model must compute the same after it was saved and loaded.
-    padded = weight if one_for_all else F.pad(weight, (0, 0, 0, -outputs % 8))
+    # Made here, the weight always lies at the start of a cache line: on two threads the last bits depend on that, and a
+    # model must compute the same after it was saved and loaded.
+    padded = weight if one_for_all else filled_up(weight)
     dtype = held(streams, weight.dtype)
     whole = dtype == weight.dtype
     factor = padded if whole else halves(padded, dtype).flatten(0, 1)
