@@ -117,4 +117,4 @@ release: $(READY)
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-outside .quantised .hosts .torches .clients demo-output evidence-output site dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-floor .venv-outside .quantised .hosts .torches .clients demo-output evidence-output example-output site dist build .pytest_cache .mypy_cache .ruff_cache

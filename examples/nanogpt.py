@@ -90,7 +90,7 @@ def loss_on(model: NanoGPT, windows: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default=str(TEXT), help="text file to train on")
-    parser.add_argument("--output", default="example-output", help="folder for the result")
+    parser.add_argument("--output", default="example-output/nanogpt", help="folder for the result")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--length", type=int, default=64, help="bytes per sequence")

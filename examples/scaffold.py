@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ TEXT = DATA / "tinyshakespeare.txt"
 INSTRUCTIONS = Path(__file__).parent / "instructions.jsonl"
 
 
+def own_folder() -> str:
+    """Where the result of the running example goes: results of several in one folder could not be loaded."""
+    return str(Path("example-output") / Path(sys.argv[0]).stem)
+
+
 def parse_arguments(
     description: str, *, steps: int, learning_rate: float, trainers: tuple[str, ...] = ()
 ) -> argparse.Namespace:
@@ -25,7 +31,7 @@ def parse_arguments(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="folder or Hub id of the model")
     parser.add_argument("--text", default=str(TEXT), help="text file to train on")
-    parser.add_argument("--output", default="example-output", help="folder for the result")
+    parser.add_argument("--output", default=own_folder(), help="folder for the result")
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps")
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="of the backbone")
     parser.add_argument("--num-streams", type=int, default=4, help="residual streams n")

@@ -18,7 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from .command_errors import ErrorsAsMessages, PipedConsole, read_text
 from .command_options import (
@@ -344,7 +344,8 @@ def families(
         part = [row for row in rows if row.supported == supported]
         if not part:
             continue
-        table = Table(title=f"{len(part)} model types {title}", title_justify="left")
+        count = f"{len(part)} model type{'' if len(part) == 1 else 's'}"
+        table = Table(title=f"{count} {title}", title_justify="left")
         table.add_column("model type", no_wrap=True)
         table.add_column("residual steps" if supported else "reason", overflow="fold")
         if supported:
@@ -382,7 +383,7 @@ def doctor(
     if as_json:
         print(json_text(found))
         return
-    table = Table(show_header=False, box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table("", Column(overflow="fold"), show_header=False, box=SIMPLE, padding=(0, 1, 0, 0))
     for name, value in found["versions"].items():
         note = f" ({found['transformers']})" if name == "transformers" else ""
         table.add_row(name, "not installed" if value is None else escape(f"{value}{note}"))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from .modeling.families import COMPOSITE, REFUSED, ROWS, SUPPORTED
 from .modeling.layer_spec import Row, Step, Sublayer, layer_kinds
+from .modeling.outside_families import REGISTERED
 from .modeling.releases import NEWEST, has_family, numbered
 
 
@@ -30,11 +31,14 @@ class FamilyRow(NamedTuple):
 
 
 def families_table() -> list[FamilyRow]:
-    """One row per model type of the installed transformers: causal ones, those of several modalities, refused ones.
+    """One row per model type: causal ones, those of several modalities, refused ones, then what was registered.
 
-    Each part is in alphabetical order.
+    Those of the installed transformers; each part is in alphabetical order.
     """
-    return [row for row in _all_families() if has_family(row.model_type)]
+    found = [row for row in _all_families() if has_family(row.model_type) and row.model_type not in REGISTERED]
+    for name, family in sorted(REGISTERED.items()):
+        found.append(FamilyRow(name, True, describe(family.row), "by its registered row"))
+    return found
 
 
 def _all_families() -> list[FamilyRow]:

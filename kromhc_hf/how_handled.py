@@ -1,7 +1,9 @@
 """How a model would be handled, told before anything is done to it."""
 
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .conversion.base import model_content
@@ -9,7 +11,6 @@ from .conversion.files import resolve_source
 from .derivation import derived_row
 from .families_table import FamilyRow, describe, families_table
 from .modeling.model_types import PREFIX
-from .modeling.outside_families import REGISTERED
 
 
 def how_handled(source: str, trust_remote_code: bool = False) -> FamilyRow:
@@ -23,17 +24,22 @@ def how_handled(source: str, trust_remote_code: bool = False) -> FamilyRow:
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if its code would have to be trusted.
+        ValueError: if its code would have to be trusted, or for the name of a model type without a row.
     """
+    if source in CONFIG_MAPPING and not Path(source).exists():
+        raise ValueError(
+            f"model type {source!r} has no row, neither of a supported family nor of a refused one. Give the folder or "
+            "Hub id of such a model to see whether a row can be derived."
+        )
     folder = resolve_source(source, code=trust_remote_code)
     model_type = str(model_content(folder).get("model_type", "")).removeprefix(PREFIX)
-    if model_type in REGISTERED:
-        return FamilyRow(model_type, True, describe(REGISTERED[model_type].row), "by its registered row")
     found = next((row for row in families_table() if row.model_type == model_type), None)
     if found is not None:
         return found
     code = trust_remote_code and model_type not in CONFIG_MAPPING
     config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
+    if not code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return FamilyRow(model_type, False, "transformers has no causal language model of this type", "")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=code)
     try:

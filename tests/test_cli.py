@@ -176,6 +176,19 @@ def test_families_lists_all_of_them(kromhc):
     assert all(name in out for name in rows)
 
 
+def test_families_tells_of_types_that_it_has_no_row_for(kromhc, tmp_path):
+    code, out, err = kromhc("families", "t5")
+    assert (code, out) == (2, "")
+    assert "model type 't5' has no row" in " ".join(err.split())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    code, out, _ = kromhc("families", tmp_path, "--json")
+    assert code == 0
+    (row,) = json.loads(out)
+    assert not row["supported"]
+    assert row["description"] == "transformers has no causal language model of this type"
+    assert "1 model type refused" in kromhc("families", tmp_path)[1]
+
+
 def test_demo(kromhc, tmp_path):
     code, out, _ = kromhc("demo", "--output", tmp_path / "demo", "--steps", 3)
     assert code == 0

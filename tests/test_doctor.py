@@ -37,6 +37,10 @@ def test_doctor_names_what_is_there(kromhc, monkeypatch, tmp_path):
     code, out, _ = kromhc("doctor")
     assert code == 0
     assert all(text in out for text in ("A tool", "works. Use it.", "transformers", "kernel"))
+    tools[0]["use"] = f"convert(argument='{'long' * 100}')"
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    _, out, _ = kromhc("doctor")
+    assert "".join(out.split()).count("long") == 100
     code, out, err = kromhc("doctor", tmp_path / "nothing")
     assert (code, out) == (2, "")
     assert "nothing" in err

@@ -58,6 +58,15 @@ def test_the_example_of_the_page_is_a_row(register):
     assert register(example) == OutsideFamily("amber", AMBER, "AmberLayer")
 
 
+@needs_tomllib
+def test_a_registered_row_is_in_the_table(kromhc, tmp_path):
+    (tmp_path / "family.toml").write_text(TWO_KINDS)
+    for chosen in ([], ["both"]):
+        code, out, _ = kromhc("families", *chosen, "--family", tmp_path / "family.toml", "--json")
+        assert code == 0
+        assert {row["model_type"]: row["exactness"] for row in json.loads(out)}["both"] == "by its registered row"
+
+
 def spelled(value) -> str:
     """A part of a row as TOML."""
     if is_dataclass(value):

@@ -246,7 +246,8 @@ def _checked_base(base_model: str | None, model_type: str) -> str:
             reason = f" (no folder seen from {Path.cwd()}, and no Hub id)"
         else:
             reason = f" ({path} has model_type {found!r})" if path.is_file() else f" ({path} does not exist)"
+    got = f"{base_model!r}{reason}" if base_model else "none, and the model does not say what it comes from"
     raise ValueError(
-        f"base_model must be the Hub id or folder of a base checkpoint of model_type {model_type!r}; got "
-        f"{base_model!r}, which the model says it comes from{reason}. Give it: base_model='ORG/NAME'."
+        f"base_model must be the Hub id or folder of a base checkpoint of model_type {model_type!r}; got {got}. "
+        "Give it: base_model='ORG/NAME'."
     )
