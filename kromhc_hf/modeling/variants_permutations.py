@@ -140,8 +140,8 @@ class KromHCMixing(Mixing):
         swap = torch.sigmoid(self._of_twos(logits))
         factors = []
         if keeps(swap) and self.twos > 1 and not swap.requires_grad:
-            # Entries are products of `swap` or `1 - swap` of each factor; a matrix of each takes more operations. Not for
-            # a gradient: where streams are equal, its terms cancel exactly in the order of those matrices alone.
+            # Entries are products of `swap` or `1 - swap` of each factor; a matrix of each takes more operations.
+            # Not for a gradient: where streams are equal, its terms cancel exactly in the order of those matrices.
             at_zero, slope = kept(_make_factors_of_two, self.twos, swap.dtype).unbind()
             entries = torch.addcmul(at_zero, slope, swap.unsqueeze(-1)).unbind(-2)
             factors = [functools.reduce(torch.mul, entries).unflatten(-1, (1 << self.twos, 1 << self.twos))]
