@@ -332,8 +332,9 @@ def families(
     from .families_table import families_table
 
     run_family_file(family)
-    rows = [row for row in families_table() if model in (None, row.model_type)]
-    if model is not None and (Path(model).exists() or not rows):
+    if model is None:
+        rows = families_table()
+    else:
         from .how_handled import how_handled
 
         rows = [how_handled(model, trust_remote_code)]

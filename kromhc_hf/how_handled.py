@@ -19,23 +19,25 @@ def how_handled(source: str, trust_remote_code: bool = False) -> FamilyRow:
     No weights are read.
 
     Args:
-        source: folder or Hub id.
+        source: folder or Hub id, or the name of a model type.
         trust_remote_code: whether code in the source may be run to look at it.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
         ValueError: if its code would have to be trusted, or for the name of a model type without a row.
     """
-    if source in CONFIG_MAPPING and not Path(source).exists():
+    rows = {row.model_type: row for row in families_table()}
+    if not Path(source).exists() and source in rows:
+        return rows[source]
+    if not Path(source).exists() and source in CONFIG_MAPPING:
         raise ValueError(
             f"model type {source!r} has no row, neither of a supported family nor of a refused one. Give the folder or "
             "Hub id of such a model to see whether a row can be derived."
         )
     folder = resolve_source(source, code=trust_remote_code)
     model_type = str(model_content(folder).get("model_type", "")).removeprefix(PREFIX)
-    found = next((row for row in families_table() if row.model_type == model_type), None)
-    if found is not None:
-        return found
+    if model_type in rows:
+        return rows[model_type]
     code = trust_remote_code and model_type not in CONFIG_MAPPING
     config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     if not code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

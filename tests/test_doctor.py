@@ -41,6 +41,7 @@ def test_doctor_names_what_is_there(kromhc, monkeypatch, tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps(tools))
     _, out, _ = kromhc("doctor")
     assert "".join(out.split()).count("long") == 100
+    assert json.loads(kromhc("doctor", "llama", "--json")[1])["model"]["supported"]
     code, out, err = kromhc("doctor", tmp_path / "nothing")
     assert (code, out) == (2, "")
     assert "nothing" in err
