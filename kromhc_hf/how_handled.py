@@ -2,13 +2,6 @@
 
 from pathlib import Path
 
-import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-from .conversion.base import model_content
-from .conversion.files import resolve_source
-from .derivation import derived_row
 from .families_table import FamilyRow, describe, families_table
 from .modeling.model_types import PREFIX
 
@@ -29,6 +22,16 @@ def how_handled(source: str, trust_remote_code: bool = False) -> FamilyRow:
     rows = {row.model_type: row for row in families_table()}
     if not Path(source).exists() and source in rows:
         return rows[source]
+
+    # PyTorch, which takes seconds to import, is for what the table does not answer.
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from .conversion.base import model_content
+    from .conversion.files import resolve_source
+    from .derivation import derived_row
+
     if not Path(source).exists() and source in CONFIG_MAPPING:
         raise ValueError(
             f"model type {source!r} has no row, neither of a supported family nor of a refused one. Give the folder or "
