@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import kromhc_hf
 
@@ -39,7 +39,14 @@ def parse_arguments(
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     if trainers:
         parser.add_argument("--trainer", default=trainers[0], choices=trainers, help="what trains")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not Path(options.text).is_file():
+        parser.error(f"--text must be a text file; got {options.text}")
+    try:
+        AutoConfig.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"--model: {error}")
+    return options
 
 
 def load_model(name: str) -> tuple[Any, Any]:

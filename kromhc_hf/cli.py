@@ -201,7 +201,7 @@ def inspect(
     text: Annotated[Path | None, typer.Option(help="File with the text to run it on.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Take at most so many tokens.")] = 128,
     directory: Annotated[
-        Path | None, typer.Option("--output", help="Folder for report.html, a page with pictures.")
+        Path | None, typer.Option("--output", file_okay=False, help="Folder for report.html, a page with pictures.")
     ] = None,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
@@ -244,7 +244,7 @@ def compare(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint without hyper-connections.")],
     text: Annotated[Path, typer.Argument(help="A text to train on; its last tenth is held out.")],
     directory: Annotated[
-        Path, typer.Option("--output", help="Folder for runs, table and pictures; goes on there.")
+        Path, typer.Option("--output", file_okay=False, help="Folder for runs, table and pictures; goes on there.")
     ] = Path("comparison"),
     variants: Annotated[str, typer.Option(help="Names of variants, with commas between.")] = "kromhc",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 100,
@@ -283,9 +283,11 @@ def compare(
         },
     }
     study = comparison(model, text, [name.strip() for name in variants.split(",")], seeds, settings)
-    with messages.status("measuring what a step of each arm costs"):
+    with messages.status("looking at the text, and measuring what a step of each arm costs"):
         minutes = prepare(study, directory, device) / workers / 60
-    messages.print(f"{len(study.arms)} arms, {seeds} seeds, {steps} steps: about {minutes:.0f} minutes", soft_wrap=True)
+    time = "about a minute" if minutes < 1.5 else f"about {minutes:.0f} minutes"
+    runs = f"{len(study.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, {steps} step{'s' * (steps > 1)}"
+    messages.print(f"{runs}: {time}", soft_wrap=True)
     summary = run_comparison(study, directory, workers, device)
     print(json_text(summary) if as_json else table(summary))
     messages.print(f"pictures: {directory / 'differences.png'}, {directory / 'curves.png'}", soft_wrap=True)
@@ -293,7 +295,9 @@ def compare(
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Option("--output", help="Folder for the results.")] = Path("demo-output"),
+    directory: Annotated[Path, typer.Option("--output", file_okay=False, help="Folder for the results.")] = Path(
+        "demo-output"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 60,
 ) -> None:
     """See it work in a minute: a tiny model converted, trained beside its base, undone; one page to open."""

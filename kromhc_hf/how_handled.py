@@ -30,6 +30,7 @@ def how_handled(source: str, trust_remote_code: bool = False) -> FamilyRow:
 
     from .conversion.base import model_content
     from .conversion.files import resolve_source
+    from .conversion.outside import is_loaded_by_own_code
     from .derivation import derived_row
 
     if not Path(source).exists() and source in CONFIG_MAPPING:
@@ -38,10 +39,11 @@ def how_handled(source: str, trust_remote_code: bool = False) -> FamilyRow:
             "Hub id of such a model to see whether a row can be derived."
         )
     folder = resolve_source(source, code=trust_remote_code)
-    model_type = str(model_content(folder).get("model_type", "")).removeprefix(PREFIX)
+    content = model_content(folder)
+    model_type = str(content.get("model_type", "")).removeprefix(PREFIX)
     if model_type in rows:
         return rows[model_type]
-    code = trust_remote_code and model_type not in CONFIG_MAPPING
+    code = is_loaded_by_own_code(content, folder, trust_remote_code)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     if not code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return FamilyRow(model_type, False, "transformers has no causal language model of this type", "")

@@ -41,17 +41,20 @@ def test_compare_trains_every_arm_and_goes_on_where_it_was(kromhc, tmp_path):
     given += ["--workers", 1, "--variants", "kromhc"]
     code, out, err = kromhc("compare", *given)
     assert code == 0
-    assert "4 arms, 1 seeds, 2 steps: about 0 minutes" in err
+    assert "4 arms, 1 seed, 2 steps: about a minute" in err
+    assert "measuring kromhc" in err
     assert all(f"| {name} | 2 |" in out for name in ("no streams", "learned branch scales", "identity", "kromhc"))
-    code, out, _ = kromhc("compare", *given, "--json")
+    code, out, err = kromhc("compare", *given, "--json")
     assert (code, json.loads(out)["reference"]) == (0, "no streams")
+    assert "measuring kromhc" not in err
     for wrong, message in (("lr", "lr must be"), ("variants", "variant must be one of")):
         code, out, err = kromhc("compare", *given, f"--{wrong}", "many")
         assert (code, out) == (2, "")
         assert message in err
     code, _, err = kromhc("compare", *given, "--output", tmp_path / "other", "--held-out-windows", 10**6)
     assert code == 2
-    assert "Use a smaller held_out_windows or length" in err
+    assert "Use fewer or shorter ones" in err
+    assert not (tmp_path / "other").exists()
 
 
 def test_convert_without_verification_as_json(kromhc, base, tmp_path):
@@ -138,6 +141,8 @@ def test_an_init_without_promise_exits_with_0(kromhc, base, tmp_path):
         (["convert", "{base}", "{tmp}/out", "--static", "--eps", "1"], "--eps would have no effect: static mappings"),
         (["convert", "{base}", "{tmp}/out", "--to-adapter", "{base}"], "No such option: --to-adapter"),
         (["convert", "{base}", "{tmp}/out", "--layers", "1:9"], "at least one of the 3 decoder layers"),
+        (["convert", "{base}", "{tmp}/out", "--layers", "1:9"], "Use for example layers='2:3'"),
+        (["inspect", "{base}", "--output", "{base}/config.json"], "is a file"),
         (["convert", "{base}", "{tmp}/out", "--layers", "1"], "layers must be None for all decoder layers, or a range"),
         (["convert", "{base}", "{tmp}/out", "-n", "1", "--layers", "1:2"], "--layers would have no effect"),
         (["push", "{base}", "ada/model"], "must hold a checkpoint with hyper-connections"),

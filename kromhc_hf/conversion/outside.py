@@ -23,13 +23,17 @@ def runs_own_code(content: dict[str, Any], folder: Path, trust_remote_code: bool
     Raises:
         ValueError: if its family is not known, or its code is needed and not trusted.
     """
-    model_type = str(content.get("model_type", ""))
-    reference = _configuration(content)
     if not carries_row(content):
-        check_model_type(model_type.removeprefix(PREFIX))
+        check_model_type(str(content.get("model_type", "")).removeprefix(PREFIX))
+    return is_loaded_by_own_code(content, folder, trust_remote_code)
+
+
+def is_loaded_by_own_code(content: dict[str, Any], folder: Path, trust_remote_code: bool) -> bool:
+    """The same for a family that need not be known."""
+    model_type = str(content.get("model_type", ""))
     if model_type in CONFIG_MAPPING:
         return False
-    if not reference:
+    if not _configuration(content):
         raise ValueError(
             f"the code of model_type {model_type!r} must be in {folder}, named in auto_map of config.json, or in a "
             "package that registers it with the Auto classes; it is in neither. Import the package."

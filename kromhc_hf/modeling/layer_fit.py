@@ -10,7 +10,6 @@ from .families import COMPOSITE, REFUSED, ROWS
 from .host import CACHE_NAMES, cache_name, forward_parameters
 from .layer_returns import returned_beside
 from .layer_spec import ByConfig, LayerSpec, attribute
-from .model_types import composite_model_types, supported_model_types
 from .outside_families import OutsideFamily, is_from_outside, outside_family
 from .releases import has_family
 
@@ -19,7 +18,7 @@ def check_model_type(model_type: str) -> None:
     """Refuses a family that the table does not describe.
 
     Raises:
-        ValueError: naming the family, and the reason or the supported families.
+        ValueError: naming the family, and the reason or the way to the supported ones.
     """
     if is_from_outside(model_type):
         return
@@ -29,11 +28,10 @@ def check_model_type(model_type: str) -> None:
             "Use a supported family; `kromhc families` lists them."
         )
     if model_type not in ROWS and model_type not in COMPOSITE:
-        supported = ", ".join(sorted({*supported_model_types(), *composite_model_types()}))
         raise ValueError(
-            f"model_type must be one of the supported families ({supported}); "
-            f"got {model_type!r}. Say what its layers look like with register_family (--family FILE), have it read "
-            "from their source with derive_family (--derive), or use a supported model."
+            f"model_type must be one of the supported families; got {model_type!r}. Use one of them, which "
+            "`kromhc families` lists; or say what its layers look like with register_family (--family FILE), or have "
+            "it read from their source with derive_family (--derive)."
         )
     if not has_family(model_type):
         raise ValueError(

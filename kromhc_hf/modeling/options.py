@@ -128,7 +128,7 @@ class StreamOptions:
         if READOUTS[self.readout].after_norm and found[-1] != number - 1:
             raise ValueError(
                 f"readout {self.readout!r} follows the final norm of the model, so the layers with streams must go up "
-                f"to the last one, {number - 1}; got layers={self.layers!r}. Use layers=({found[0]}, None), or "
+                f"to the last one, {number - 1}; got layers={self.layers!r}. Use layers='{found[0]}:', or "
                 "readout='mean'."
             )
         return found

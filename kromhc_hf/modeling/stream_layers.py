@@ -46,7 +46,7 @@ def positions(ends: Ends | None, number: int) -> range:
     if not 0 <= first < behind <= number:
         raise ValueError(
             f"layers must be a range of at least one of the {number} decoder layers of the model, which are numbered "
-            f"from 0 to {number - 1}; got {ends!r}. Use for example layers=({number - -(-number // 3)}, {number}), the "
+            f"from 0 to {number - 1}; got {ends!r}. Use for example layers='{number - -(-number // 3)}:{number}', the "
             "last third."
         )
     return range(first, behind)

@@ -6,17 +6,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..conversion.base import refuse_adapter
-from ..conversion.files import resolve_source
+from transformers import AutoModelForCausalLM
+
+from ..conversion.base import BaseCheckpoint
+from ..conversion.stored_model import StoredModel
 from ..inspection.plots import require_matplotlib
 from ..json_text import finite
+from ..modeling.configuration_kromhc import KromHCConfig
+from ..modeling.host import class_for_task
+from ..modeling.modeling_kromhc import GENERATIVE_FACES
 from .arm import Arm, StudyError, make_arm
-from .cost import measure_costs, read_costs, seconds_left
+from .cost import are_measured, measure_costs, read_costs, seconds_left
 from .report import draw_curves, draw_differences, summarize
-from .runs import changes, execute, results, stored, write_atomically
+from .runs import changes, execute, refuse_other_device, results, stored, write_atomically
 from .statistics import MOST_SEEDS
 from .study_file import Study
 from .timing import device_name
+from .training import refuse_beyond_context
 from .tuning import tuned
 
 
@@ -40,16 +46,15 @@ def comparison(model: str, text: Path, variants: Sequence[str], seeds: int, sett
         settings: fields of `Arm` for all of them.
 
     Raises:
-        StudyError: for a setting that is not allowed.
-        ValueError: if the checkpoint is an adapter.
+        StudyError: for a setting that is not allowed, and for a checkpoint that is no causal language model.
+        ValueError: if the checkpoint is an adapter, damaged, or cannot get streams.
         FileNotFoundError: if there is no such checkpoint or text.
     """
     if not 1 <= seeds <= MOST_SEEDS:
         raise StudyError(f"seeds must be from 1 to {MOST_SEEDS}; got {seeds}.")
     if not all(variants):
         raise StudyError(f"variants must be names with commas between; got {', '.join(variants)!r}.")
-    folder = resolve_source(model)
-    refuse_adapter(folder)
+    folder, config = _causal_model(model)
     if not text.is_file():
         raise FileNotFoundError(f"TEXT must be a text file; got {text}.")
     shared = {"model": str(folder.resolve()), "text": str(text.resolve()), **settings}
@@ -58,15 +63,21 @@ def comparison(model: str, text: Path, variants: Sequence[str], seeds: int, sett
         shared = {"validation_share": Arm.held_out_share, **shared}
     wanted: dict[str, dict[str, Any]] = {REFERENCE: {}, **CONTROLS, **{name: {"variant": name} for name in variants}}
     made = {name: make_arm(name, shared | own) for name, own in wanted.items()}
+    refuse_beyond_context(made[REFERENCE], config)
     return Study(f"{folder.name} on {text.name}", list(range(seeds)), REFERENCE, made, list(made))
 
 
 def prepare(study: Study, folder: Path, device: str) -> float:
-    """Measures what a step of each arm costs, and says how many seconds all runs will take one after the other."""
+    """Measures what a step of each arm costs, if that is not known, and says how many seconds all runs will take.
+
+    That is one after the other.
+    """
     require_matplotlib()
     _refuse_other(folder)
     _refuse_to_overwrite(study, folder)
-    measure_costs(study, folder, Path(), COST_ROUNDS, device)
+    refuse_other_device(results(study, folder, Path()), device)
+    if not are_measured(study, folder, device):
+        measure_costs(study, folder, Path(), COST_ROUNDS, device)
     return seconds_left(study, folder, Path())
 
 
@@ -84,6 +95,19 @@ def compare(study: Study, folder: Path, workers: int, device: str) -> dict[str, 
     draw_differences(summary, folder / "differences.png")
     draw_curves(summary, study.curves, folder / "curves.png")
     return summary
+
+
+def _causal_model(model: str) -> tuple[Path, Any]:
+    """The folder and the configuration of a checkpoint that continues a text and can be given streams."""
+    stored = StoredModel.open(BaseCheckpoint.open(model).folder)
+    # Of another task transformers would load it too, with a head that was never trained.
+    if stored.face not in GENERATIVE_FACES or class_for_task(AutoModelForCausalLM, type(stored.config)) is None:
+        raise StudyError(
+            f"model must be a causal language model, of AutoModelForCausalLM; {model} is one of "
+            f"{stored.face.auto_class.__name__}."
+        )
+    dataclasses.replace(stored, config=KromHCConfig(backbone_config=stored.config)).skeleton()
+    return stored.folder, stored.config
 
 
 def _refuse_other(folder: Path) -> None:

@@ -7,6 +7,7 @@ read off in the middle of a longer cosine is not annealed and would be unfair to
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -66,6 +67,16 @@ def measure_costs(study: Study, folder: Path, shared: Path, rounds: int, device:
     write_atomically(folder / "cost.json", {"machine": about, "costs": found})
 
 
+def are_measured(study: Study, folder: Path, device: str) -> bool:
+    """Whether `cost.json` has the costs of all arms, and from this machine."""
+    path = folder / "cost.json"
+    if not path.exists():
+        return False
+    machine = json.loads(path.read_text(encoding="utf-8"))["machine"]
+    here = machine["device"] == device_name(device) and machine["torch"] == torch.__version__
+    return here and read_costs(study, folder).keys() == study.arms.keys()
+
+
 def read_costs(study: Study, folder: Path) -> dict[str, float]:
     """The measured cost of each arm as a multiple of the one that it is compared with; without those not measured."""
     path = folder / "cost.json"
@@ -82,7 +93,7 @@ def read_costs(study: Study, folder: Path) -> dict[str, float]:
 
 
 def seconds_left(study: Study, folder: Path, shared: Path) -> float:
-    """How long the runs of a study that are not there yet will take one after the other, evaluations left out."""
+    """How long the runs of a study that are not there yet will take one after the other, with their evaluations."""
     entries = json.loads((folder / "cost.json").read_text(encoding="utf-8"))["costs"]
     seconds: dict[str, float] = {}
     for entry in entries:
@@ -92,8 +103,15 @@ def seconds_left(study: Study, folder: Path, shared: Path) -> float:
     for name, arm in study.arms.items():
         # One seed more for each learning rate that is tried.
         left = len(study.seeds) - len(done[name]) + len(arm.lr_grid or ())
-        total += left * arm.steps * seconds.get(name, max(seconds.values(), default=0.0))
+        total += left * (arm.steps + _evaluations(arm)) * seconds.get(name, max(seconds.values(), default=0.0))
     return total
+
+
+def _evaluations(arm: Arm) -> float:
+    """The evaluations of a run in training steps, of which a forward pass takes about a third."""
+    # Two before the first step, and the one on the validation windows.
+    times = 3 + math.ceil(arm.steps / arm.eval_every)
+    return times * arm.held_out_windows / arm.batch / 3
 
 
 def at_equal_time(study: Study, costs: dict[str, float]) -> Study:

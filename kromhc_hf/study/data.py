@@ -38,12 +38,17 @@ def load_corpus(arm: Arm, shared: Path, cache: Path) -> Corpus:
         StudyError: if the text is too short for the windows, or no UTF-8.
     """
     path = cache / f"{fingerprint(arm, shared)}.pt"
+    tokens = torch.load(path) if path.exists() else _tokenize(arm, shared)
+    corpus = _corpus(arm, tokens)
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        torch.save(_tokenize(arm, shared), partial)
+        torch.save(tokens, partial)
         os.replace(partial, path)
-    tokens = torch.load(path)
+    return corpus
+
+
+def _corpus(arm: Arm, tokens: dict[str, Tensor]) -> Corpus:
     windows, starts = _spread_windows(arm, tokens["held_out"])
     # The first token of a window is given, not predicted.
     byte_starts = tokens["byte_starts"]
@@ -60,7 +65,7 @@ def _spread_windows(arm: Arm, tokens: Tensor) -> tuple[Tensor, Tensor]:
     if arm.held_out_windows > spaces:
         raise StudyError(
             f"the text must have {arm.held_out_windows} held-out windows of {arm.length} tokens; {arm.text} has "
-            f"{spaces}. Use a smaller held_out_windows or length."
+            f"{spaces}. Use fewer or shorter ones, or a longer text."
         )
     starts = torch.arange(arm.held_out_windows) * spaces // arm.held_out_windows * arm.length
     return torch.stack([tokens[start : start + arm.length] for start in starts.tolist()]), starts
@@ -98,7 +103,13 @@ def _read(path: Path) -> str:
 def _tokenizer(arm: Arm, shared: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tokenizer_folder(arm, shared), model_max_length=10**9)
+    folder = tokenizer_folder(arm, shared)
+    try:
+        return AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
+    except Exception as error:  # the tokenizers library raises bare exceptions, readers of files any
+        raise StudyError(
+            f"the model must have a tokenizer beside it; that in {folder} does not load: {error!r}"
+        ) from error
 
 
 def _tokenize(arm: Arm, shared: Path) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SEPARATES, DOES_NOT = "#1f6fb2", "#9a9a9a"
 LINEAR = 0.01
+# Around the losses that are shown, in nats per token.
+MARGIN = 0.02
 
 
 def summarize(study: Study, results: Results, costs: Mapping[str, float], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +120,7 @@ def with_error(numbers: Mapping[str, Any], sign: str) -> str:
 def draw_differences(summary: Mapping[str, Any], path: Path) -> None:
     """A point per arm at its paired difference, with the 95 % interval; those that separate are coloured."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
 
     arms = {name: arm for name, arm in summary["arms"].items() if arm["difference"] is not None}
     if not arms:
@@ -133,12 +136,15 @@ def draw_differences(summary: Mapping[str, Any], path: Path) -> None:
         axes.errorbar(mean, row, xerr=width, fmt="o", color=colour, capsize=3, markersize=5)
         labels.append(f"{name}  (against {arm['against']})" if several else name)
     axes.set_yticks(range(len(arms)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.grid(axis="x", color="#e0e0e0", linewidth=0.6)
     axes.set_axisbelow(True)
     other = "the other arm" if several else next(iter(arms.values()))["against"]
     # Small differences and large ones in one picture: linear up to LINEAR, logarithmic beyond.
     axes.set_xscale("symlog", linthresh=LINEAR, linscale=2)
+    few = max(map(abs, axes.get_xlim())) < 10 * LINEAR
+    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=LINEAR, subs=[1, 2, 5] if few else [1]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.tick_params(axis="x", labelsize=8)
     figure.supxlabel(
         f"held-out loss minus that of {other}, nats per token (logarithmic beyond {LINEAR})\n"
@@ -153,6 +159,7 @@ def draw_curves(summary: Mapping[str, Any], names: list[str], path: Path) -> Non
     """Over the steps: the mean held-out loss, and the mean paired difference; with bands of one standard error."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     losses, differences = panels = figure.subplots(1, 2)
@@ -163,16 +170,26 @@ def draw_curves(summary: Mapping[str, Any], names: list[str], path: Path) -> Non
         if arm["against"] is not None:
             _draw_curve(differences, arm["curve"]["steps"], arm["curve"]["difference"], colour, name)
     losses.set_ylabel("held-out loss, nats per token")
-    # The start is far above the rest, and the interest is in the end.
-    losses.set_ylim(top=max(summary["arms"][name]["curve"]["loss"][1]["mean"] for name in names) + 0.02)
-    differences.set_ylabel("difference to the arm it is compared with")
+    _leave_out_start(losses, [summary["arms"][name]["curve"]["loss"] for name in names])
+    differences.set_ylabel("difference to the arm it is compared with,\nnats per token")
     differences.axhline(0, color="#555555", linewidth=0.8)
     for panel in panels:
         panel.set_xlabel("step")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(color="#e0e0e0", linewidth=0.6)
     losses.legend(fontsize=8, frameon=False)
     figure.suptitle(summary["title"], fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def _leave_out_start(panel: "Axes", curves: list[list[Any]]) -> None:
+    """Says in words where curves start that come from far above the rest: the interest is in the end."""
+    top = max(curve[1]["mean"] for curve in curves) + MARGIN
+    least, most = (f"{choose(curve[0]['mean'] for curve in curves):.2f}" for choose in (min, max))
+    if float(most) > top:
+        ends = (point["mean"] - (point["standard_error"] or 0.0) for curve in curves for point in curve)
+        panel.set_title(f"at step 0: {least if least == most else f'{least} to {most}'}", fontsize=8)
+        panel.set_ylim(min(ends) - MARGIN, top)
 
 
 def _draw_curve(panel: "Axes", steps: list[int], estimates: list[Any], colour: Any, label: str) -> None:

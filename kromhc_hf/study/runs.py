@@ -10,11 +10,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import training, worker
-from .arm import Arm
+from .arm import Arm, StudyError
 from .data import load_corpus
 from .inputs import inputs
 from .study_file import Study, file_name
@@ -67,12 +68,30 @@ def results(study: Study, folder: Path, shared: Path) -> Results:
     return {name: {seed: run for seed, run in runs.items() if run} for name, runs in found.items()}
 
 
+def refuse_other_device(found: Results, device: str) -> None:
+    """Refuses runs of another kind of device, which computes in another precision.
+
+    Raises:
+        StudyError: naming both.
+    """
+    here = torch.device(device).type
+    for runs in found.values():
+        for run in runs.values():
+            # Runs of earlier versions do not say.
+            if (there := run.get("device", here)) != here:
+                raise StudyError(
+                    f"all runs of a study must be on one kind of device; the folder has some on {there}, and device is "
+                    f"{here}. Use another folder."
+                )
+
+
 def execute(study: Study, folder: Path, shared: Path, workers: int, device: str = "cpu") -> None:
     """Does the runs that are not finished, seed by seed, so that an interrupted study has all arms of some seeds.
 
     One worker is this process; more are processes of their own. Progress goes to stderr.
     """
     present = results(study, folder, shared)
+    refuse_other_device(present, device)
     tasks = [(name, seed) for seed in study.seeds for name in study.arms if seed not in present[name]]
     for name, _ in tasks:
         load_corpus(study.arms[name], shared, folder / "tokens")

@@ -41,9 +41,7 @@ class Training:
         torch.manual_seed(seed)
         self.arm, self.corpus, self.device, self.steps_done = arm, corpus, device, 0
         self.model = plain_model(arm, shared).to(device)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or arm.length
-        if arm.length > context:
-            raise StudyError(f"length must be at most {context}, the context of the model; got {arm.length}.")
+        refuse_beyond_context(arm, self.model.config)
         self.base_loss = self.held_out_loss()
         # The backbone trains alone until then.
         self.convert_after = round(arm.convert_at * arm.steps)
@@ -120,6 +118,13 @@ class Training:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.device != "cpu")
 
 
+def refuse_beyond_context(arm: Arm, config: Any) -> None:
+    """Refuses windows that are longer than what a model with this configuration can read."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or arm.length
+    if arm.length > context:
+        raise StudyError(f"length must be at most {context}, the context of the model; got {arm.length}.")
+
+
 def run(
     arm: Arm,
     seed: int,
@@ -157,6 +162,7 @@ def run(
     return {
         "settings": arm.settings(),
         "seed": seed,
+        "device": torch.device(device).type,
         "base_loss": training.base_loss,
         "initial_loss": training.initial_loss,
         "final_loss": final,

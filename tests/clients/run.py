@@ -146,7 +146,7 @@ def summary(results: dict[str, Result], listed: dict[str, Client]) -> list[dict[
         {
             "tool": listed[name].tool,
             "package": Requirement(listed[name].requirements[0]).name,
-            "use": re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", listed[name].use).replace("`", ""),
+            "use": re.sub(r"\[([^\]]*)\]\(([^)]*)\)", r"\1 (docs/\2)", listed[name].use).replace("`", ""),
             "outcome": ", ".join(dict.fromkeys(row["outcome"] for row in result["rows"])),
             "date": result["date"],
         }

@@ -64,7 +64,7 @@ def test_a_file_without_the_field_has_streams_everywhere(tmp_path):
         ((1.0, 2), r"got \(1.0, 2\)"),
         ((False, 2), r"got \(False, 2\)"),
         ((2, 2), r"layers must be a range of at least one of the 6 decoder layers .* 0 to 5; got \(2, 2\)"),
-        ((4, 2), r"at least one .*Use for example layers=\(4, 6\), the last third"),
+        ((4, 2), r"at least one .*Use for example layers='4:6', the last third"),
         ((2, 7), "at least one of the 6"),
         ((-7, None), "at least one of the 6"),
         ((6, None), "at least one of the 6"),
@@ -86,9 +86,9 @@ def test_refused_ranges_leave_the_model_alone(layers, message):
 
 def test_a_readout_after_the_norm_goes_with_the_last_layer(tmp_path):
     options = {"readout": "norm_sum", "init": "paper"}
-    with pytest.raises(ValueError, match=r"go up to the last one, 5; got layers=\(2, 4\). Use layers=\(2, None\)"):
+    with pytest.raises(ValueError, match=r"go up to the last one, 5; got layers=\(2, 4\). Use layers='2:'"):
         apply_hyper_connections(six_layers(), layers=(2, 4), **options)
-    with pytest.raises(ValueError, match=r"got hc_layers=\(2, 4\). Use hc_layers=\(2, None\), or hc_readout='mean'"):
+    with pytest.raises(ValueError, match=r"got hc_layers=\(2, 4\). Use hc_layers='2:', or hc_readout='mean'"):
         KromHCConfig(backbone_config=six_layers().config, hc_layers=(2, 4), hc_readout="norm_sum", hc_init="paper")
     model = ranged((4, 6), **options)
     expected = logits(model)

@@ -1,12 +1,14 @@
 """What a comparison goes on with, what it leaves alone, and what it refuses before anything is trained."""
 
+import dataclasses
+import json
 import shutil
 
 import pytest
 import torch
 from support.study import DEFAULTS, DEMO_DATA
 
-from kromhc_hf.study import data
+from kromhc_hf.study import cost, data
 from kromhc_hf.study.arm import Arm, StudyError
 from kromhc_hf.study.comparison import compare, comparison, prepare
 from kromhc_hf.study.data import load_corpus
@@ -90,6 +92,7 @@ def test_learning_rates_are_not_chosen_on_the_windows_that_are_reported(own, com
     [
         ({"seeds": 32}, "seeds must be from 1 to 31; got 32"),
         ({"variants": ["kromhc", ""]}, "variants must be names with commas between; got 'kromhc, '"),
+        ({"length": 257}, "length must be at most 256, the context of the model; got 257"),
     ],
 )
 def test_wrong_comparisons_are_refused(changes, message, compared):
@@ -103,9 +106,60 @@ def test_adapters_are_refused(own, compared):
         compared()
 
 
-def test_windows_longer_than_the_context_are_refused_before_training(own, compared):
-    with pytest.raises(StudyError, match="length must be at most 256, the context of the model; got 257"):
-        prepare(compared(length=257), own / "out", "cpu")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["GPT2ForSequenceClassification"]},
+            "causal language model, .* is one of AutoModelForSequenceClassification",
+        ),
+        ({"model_type": "kromhc_gpt2"}, "has been converted already"),
+        ({"model_type": "t5"}, "supported families; got 't5'"),
+        ({"add_cross_attention": True}, "without cross-attention"),
+    ],
+)
+def test_models_that_cannot_be_compared_are_refused(changes, message, own, compared):
+    path = own / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        compared()
+
+
+def test_a_text_or_a_tokenizer_that_will_not_do_leaves_no_folder(own, compared):
+    study, text = compared(), (own / "text.txt").read_text()
+    (own / "text.txt").write_text(text[:200])
+    with pytest.raises(StudyError, match="must have 2 held-out windows of 16 tokens"):
+        prepare(study, own / "out", "cpu")
+    (own / "text.txt").write_text(text)
+    (own / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(StudyError, match="must have a tokenizer beside it"):
+        prepare(study, own / "out", "cpu")
+    assert not (own / "out").exists()
+
+
+def test_costs_are_measured_once_on_a_machine(own, compared, monkeypatch):
+    study, out = compared(), own / "out"
+    prepare(study, out, "cpu")
+    before = (out / "cost.json").read_bytes()
+    assert prepare(study, out, "cpu") > 0
+    assert (out / "cost.json").read_bytes() == before
+    # Evaluations take their time as well.
+    longer = {name: dataclasses.replace(arm, eval_every=1) for name, arm in study.arms.items()}
+    assert prepare(dataclasses.replace(study, arms=longer), out, "cpu") > prepare(study, out, "cpu")
+    monkeypatch.setattr(cost, "device_name", lambda device: "another machine")
+    prepare(study, out, "cpu")
+    assert json.loads((out / "cost.json").read_text())["machine"]["device"] == "another machine"
+
+
+def test_runs_of_another_kind_of_device_are_not_taken_for_new_ones(own, compared, fast_runs):
+    study, out = compared(), own / "out"
+    execute(study, out, own, 1)
+    for path in (out / "runs").iterdir():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "cuda"}))
+    with pytest.raises(StudyError, match="the folder has some on cuda, and device is cpu"):
+        prepare(study, out, "cpu")
+    with pytest.raises(StudyError, match="the folder has some on cuda"):
+        execute(study, out, own, 1)
 
 
 def test_tokens_that_were_half_written_are_not_read(tmp_path, monkeypatch):

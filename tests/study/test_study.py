@@ -82,7 +82,7 @@ def test_held_out_windows_are_counted_in_bytes(tmp_path):
     text = "".join(tokenizer.decode(row) for row in corpus.held_out[:, 1:])
     assert corpus.held_out.shape == (2, 16)
     assert corpus.held_out_bytes == len(text.encode())
-    with pytest.raises(StudyError, match="Use a smaller held_out_windows or length"):
+    with pytest.raises(StudyError, match="Use fewer or shorter ones, or a longer text"):
         load_corpus(dataclasses.replace(arm, held_out_windows=10**6), DEMO_DATA, tmp_path)
 
 
