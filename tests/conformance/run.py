@@ -1,6 +1,7 @@
 """Runs transformers' common tests: `run.py --write docs/conformance.md`, or `run.py --short --family llama`."""
 
 import argparse
+import datetime
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +36,8 @@ def table(results: list[tuple[str, str, Outcome, float]]) -> str:
     lines += [
         "that fails or is skipped for KromHC and passes natively counts as a failure of ours. The distribution does"
     ]
-    lines += ["not carry the generation, export and distributed tests. Written by `make conformance`.", ""]
+    lines += ["not carry the generation, export and distributed tests.", ""]
+    lines += [f"Found on {datetime.date.today()} by `make conformance`, with torch {torch.__version__}.", ""]
     lines += [
         "| family | passed | skipped for both | fail natively as well | failures of ours |",
         "|---|---|---|---|---|",

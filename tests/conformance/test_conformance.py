@@ -28,7 +28,10 @@ def test_common_tests_of_transformers(suite, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed, 0 failures of ours" in done.stdout
-    passed = dict(re.findall(r"^\| (\w+) \| (\d+) \|", page.read_text(encoding="utf-8"), re.MULTILINE))
+    written = page.read_text(encoding="utf-8")
+    assert f"of transformers {transformers.__version__}," in written
+    assert re.search(r"^Found on \d{4}-\d\d-\d\d by `make conformance`", written, re.MULTILINE)
+    passed = dict(re.findall(r"^\| (\w+) \| (\d+) \|", written, re.MULTILINE))
     assert tuple(passed) == FAMILIES
     assert all(int(count) >= 50 for count in passed.values()), passed
 
