@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .applying import apply_hyper_connections, remove_hyper_connections
+from .evaluation_mode import evaluation_mode
 from .modeling.connection_plan import find_decoder, present_plan
 from .modeling.layer_fit import fit_layer
 from .modeling.layer_loop import layer_loops
@@ -115,12 +116,10 @@ def check_derived(model: Any) -> None:
         ValueError: naming what differs. The model is what it was in any case.
     """
     _, layers = _layers_of(model)
-    was_training = model.training
-    model.eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (2, LENGTH), generator=generator)
     tokens = ids.to(next(model.parameters()).device)
-    try:
+    with evaluation_mode(model):
         expected = _run_once_each(model, layers, tokens)
         continued = _continuation(model, tokens)
         apply_hyper_connections(model)
@@ -129,8 +128,6 @@ def check_derived(model: Any) -> None:
             found, generated = model(tokens).logits, _continuation(model, tokens)
         finally:
             remove_hyper_connections(model)
-    finally:
-        model.train(was_training)
     difference = (found - expected).abs().max().item()
     allowed = 0 if exact else REORDERED * expected.abs().max().item()
     if not difference <= allowed or not torch.equal(generated, continued):

@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "huggingface-hub", "safetensors", "peft", "
 # Written by `make clients` together with docs/works-with.md: what each tool is called, its package, and how it is used.
 TOOLS = Path(__file__).with_name("works_with.json")
 # Streams in bf16 of a common width; what decides is the dtype, and whether the width is a multiple of 16.
-NUM_STREAMS, WIDTH = 4, 1024
+NUM_STREAMS, WIDTH, VARIANT = 4, 1024, "kromhc"
 
 
 def diagnosis(model: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _kernel() -> dict[str, str]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    kernel, reason = chosen(device, torch.bfloat16, NUM_STREAMS, WIDTH)
+    kernel, reason = chosen(device, torch.bfloat16, NUM_STREAMS, WIDTH, VARIANT)
     return {"device": f"{device} ({name})", "runs": kernel, "why": reason}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .applying import has_hyper_connections
+from .evaluation_mode import evaluation_mode
 from .modeling.composite import replace_config, text_model_of
 from .modeling.connection_plan import find_decoder
 from .modeling.decoder_layer import make_expansion, make_readout
@@ -91,19 +92,17 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
     for position, layer in enumerate(decoder.layers):
         check_own_forward(layer, position)
 
-    was_training = model.training
-    model.eval()
-    expected = _probe(model)
-    config = copy.deepcopy(config)  # other models may share it
-    replace_config(model, config)
-    for size in prime_factors(factor):
-        digit = _new_digit(config.hc_num_streams, size)
-        config.hc_num_streams *= size
-        options = config.stream_options()
-        for layer in decoder.connected:
-            _grow_layer(layer, options, digit, kept)
-    difference = (_probe(model) - expected).abs().max().item()
-    model.train(was_training)
+    with evaluation_mode(model):
+        expected = _probe(model)
+        config = copy.deepcopy(config)  # other models may share it
+        replace_config(model, config)
+        for size in prime_factors(factor):
+            digit = _new_digit(config.hc_num_streams, size)
+            config.hc_num_streams *= size
+            options = config.stream_options()
+            for layer in decoder.connected:
+                _grow_layer(layer, options, digit, kept)
+        difference = (_probe(model) - expected).abs().max().item()
     return Growth(before, config.hc_num_streams, difference)
 
 

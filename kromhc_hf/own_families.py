@@ -8,7 +8,7 @@ from .modeling.configuration_kromhc import KromHCConfig
 from .modeling.host import forget_model_type
 from .modeling.layer_spec import Row
 from .modeling.model_types import PREFIX
-from .modeling.outside_families import REGISTERED, checked_family
+from .modeling.outside_families import REGISTERED, checked_family, register, withdraw
 
 
 def register_family(model_type: str, row: Row, *, layer_class: type | str | None = None) -> None:
@@ -27,7 +27,7 @@ def register_family(model_type: str, row: Row, *, layer_class: type | str | None
     Raises:
         ValueError: if the table of families has the model type already, or the row is none.
     """
-    REGISTERED[model_type] = checked_family(model_type, row, layer_class)
+    register(checked_family(model_type, row, layer_class))
     # Where the code of the base comes from the installed package, so does that of a saved model; any other is loaded
     # from the folder, and only for those who trust it.
     if model_type in CONFIG_MAPPING:
@@ -44,5 +44,5 @@ def unregister_family(model_type: str) -> None:
     if model_type not in REGISTERED:
         known = ", ".join(sorted(REGISTERED)) or "there is none"
         raise ValueError(f"model_type must be one that was registered ({known}); got {model_type!r}.")
-    del REGISTERED[model_type]
+    withdraw(model_type)
     forget_model_type(PREFIX + model_type)

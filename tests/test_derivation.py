@@ -89,10 +89,14 @@ def test_what_is_read_computes_what_the_table_computes(name, model_type, positio
 
 @pytest.mark.parametrize(("name", "row"), [(name, base.row) for name, base in OUTSIDE.items()])
 def test_a_model_without_a_row_gets_one(name, row):
-    model = make_outside(name)
+    model = make_outside(name).train()
+    model.base_model.eval()
     before, cls = copy.deepcopy(model.state_dict()), type(model)
+    modes = [module.training for module in model.modules()]
     derived = derive_family(model)
     assert type(model) is cls
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
     assert not has_hyper_connections(model)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     assert all(kind.derived for kind in layer_kinds(derived))
@@ -222,6 +226,8 @@ def test_what_computes_something_else_with_hyper_connections_is_refused():
         derive_family(model)
     assert not REGISTERED
     assert not has_hyper_connections(model)
+    with pytest.raises(ValueError, match="supported families; got 'amber'"):
+        apply_hyper_connections(model)
 
 
 @pytest.mark.skipif(not has_family("hrm_text"), reason="this release of transformers does not have it")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -56,8 +57,8 @@ def test_doctor_names_what_is_there(kromhc, monkeypatch, tmp_path):
     ],
 )
 def test_why_a_kernel_runs(monkeypatch, obstacle, fault, expected):
-    monkeypatch.setattr(kernels, "_obstacle", lambda *streams: obstacle)
-    monkeypatch.setattr(kernels, "fault", lambda *streams: fault)
-    kernel, reason = kernels.chosen(torch.device("cuda"), torch.bfloat16, 4, 64)
+    for name, answer in (("_obstacle", obstacle), ("fault", fault)):
+        monkeypatch.setattr(kernels, name, create_autospec(getattr(kernels, name), return_value=answer))
+    kernel, reason = kernels.chosen(torch.device("cuda"), torch.bfloat16, 4, 64, "kromhc")
     assert (kernel, reason[: len(expected[1])]) == expected
-    assert kernels.chosen(torch.device("cpu"), torch.bfloat16, 4, 64)[0] == "torch"
+    assert kernels.chosen(torch.device("cpu"), torch.bfloat16, 4, 64, "kromhc")[0] == "torch"

@@ -1,9 +1,11 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 from support.connected import LEARNED_READOUTS, connected, tiny_llama
 from support.tiny import token_ids
 
-from kromhc_hf import KromHCForCausalLM, grow_streams
+from kromhc_hf import KromHCForCausalLM, apply_hyper_connections, grow_streams, growing
 
 
 READOUTS = ["mean", *LEARNED_READOUTS]
@@ -36,6 +38,23 @@ def dynamic_growth(size: float, kept: float) -> float:
         if "_hc.alpha" in name:
             parameter.data.fill_(1.0)
     return grow_streams(model, kept=kept).max_difference
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_growing_leaves_every_module_in_its_mode(fails: bool, monkeypatch) -> None:
+    model = apply_hyper_connections(tiny_llama()).train()
+    model.model.layers[0].mlp.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    if fails:
+        monkeypatch.setattr(growing, "_probe", Mock(side_effect=RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            grow_streams(model)
+        assert model.config.hc_num_streams == 4
+    else:
+        grow_streams(model)
+    after = {name: module.training for name, module in model.named_modules()}
+    assert {name: after[name] for name in before} == before
+    assert all(after[name] for name in after.keys() - before.keys())
 
 
 def test_growing_dynamic_mappings_errs_in_second_order() -> None:

@@ -1,14 +1,11 @@
 """Pictures of what the streams do, as matplotlib figures: heat maps, and curves over depth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .recording import BranchRecord
-from .statistics import off_identity_mass
 from .tables import short_name
 from .themed_svg import GRID, INK, SERIES
 
@@ -35,33 +32,6 @@ def require_matplotlib() -> None:
     """
     if find_spec("matplotlib") is None:
         raise ValueError('pictures need matplotlib, which is not installed. Use pip install "kromhc-hf[plots]".')
-
-
-def plot_mixing(records: Mapping[str, BranchRecord], path: Path) -> None:
-    """Draws the mean mixing matrix of every branch as a heat map, one panel per branch, into an image file.
-
-    Args:
-        records: what `record_mappings` recorded.
-        path: image file; its suffix decides the format.
-
-    Raises:
-        ValueError: if matplotlib is not installed, or nothing was recorded.
-    """
-    require_matplotlib()
-    if not records:
-        raise ValueError("records must hold at least one branch; got none. Run the model inside record_mappings.")
-    columns = min(len(records), 4)
-    rows = -(-len(records) // columns)
-    figure = new_figure(2.6 * columns + 1, 2.9 * rows + 0.6)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for panel, (name, record) in zip(panels.flat, records.items()):
-        title = f"{name}\noff identity {off_identity_mass(record.h_res):.1%}"
-        image = draw_matrix(panel, record.h_res.float().mean((0, 1)), title)
-    for panel in panels.flat[len(records) :]:
-        panel.axis("off")
-    figure.colorbar(image, ax=panels, shrink=0.6, label="weight, mean over tokens")
-    figure.suptitle("Mixing matrices H_res, branch by branch")
-    figure.savefig(path, dpi=120)
 
 
 def new_figure(width: float, height: float) -> "Figure":

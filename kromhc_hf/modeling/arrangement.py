@@ -7,6 +7,7 @@ from typing import Any
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .decoder_layer import HyperConnectedLayer
+from .layer_spec import LayerSpec
 from .stream_ends import READOUTS
 
 
@@ -143,8 +144,13 @@ def _check_end(layers: Layers, name: str, home: int, learned: bool) -> None:
             )
 
 
-def check_complete(layers: Any, config: Any) -> None:
+def check_complete(layers: Any, config: Any, candidates: tuple[LayerSpec, ...]) -> None:
     """Refuses to save layers that its configuration would not make again.
+
+    Args:
+        layers: the list of the decoder layers, which may be wrapped one by one.
+        config: of the model that they are in.
+        candidates: what its family says that each of them may look like.
 
     Raises:
         ValueError: naming what differs and the way out.
@@ -156,6 +162,12 @@ def check_complete(layers: Any, config: Any) -> None:
         )
     found = [connected_layer(layer) for layer in layers]
     check_arrangement(found, config)
+    if any(layer is not None and layer.spec not in candidates for layer in found):
+        raise ValueError(
+            f"a model must be saved while the row holds that its hyper-connections were made by; another one has been "
+            f"registered for {config.model_type!r} since. Register that row again, or remove the hyper-connections and "
+            "apply them anew."
+        )
     options, (first, last) = config.stream_options(), stretch(found)
     own = None if found[first] is None else found[first].hc_options  # type: ignore[union-attr]
     if own is None or replace(own, layers=options.layers) != options:

@@ -9,7 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .arrangement import check_distinct
 from .composite import models_to_text_model
 from .decoder_layer import HyperConnectedLayer
-from .layer_fit import check_model_type, fit_layer, layer_specs
+from .layer_fit import check_family, fit_layer, layer_specs
 from .layer_loop import check_between_layers
 from .layer_spec import END_NAMES, LayerSpec, attribute
 from .model_types import PREFIX
@@ -56,7 +56,7 @@ def find_decoder(model: Any) -> Decoder:
     Raises:
         ValueError: if the family is not supported, or the layers are not where its row says.
     """
-    check_model_type(model.config.model_type.removeprefix(PREFIX))
+    check_family(model.config, model.config.model_type.removeprefix(PREFIX))
     text = model.config.get_text_config()
     candidates = layer_specs(text, text.model_type.removeprefix(PREFIX))
     path = candidates[0].layers

@@ -65,14 +65,16 @@ def described(kernel: str, device: torch.device, num_streams: int, variant: str)
     return f"'auto' ({'triton' if served and not found_at_fault(device, num_streams, variant) else 'torch'})"
 
 
-def chosen(device: torch.device, dtype: torch.dtype, num_streams: int, hidden_size: int) -> tuple[str, str]:
+def chosen(
+    device: torch.device, dtype: torch.dtype, num_streams: int, hidden_size: int, variant: str
+) -> tuple[str, str]:
     """What "auto" takes for such streams, "triton" or "torch", and why; on a CUDA device Triton is tried for that."""
     if device.type not in DEVICES:
         return "torch", f"Triton is for {', '.join(DEVICES)} devices"
     reason = _obstacle(device, dtype, num_streams, torch.float32)
     if reason is not None:
         return "torch", f"Triton {reason}"
-    found = fault(device, dtype, num_streams, hidden_size)
+    found = fault(device, dtype, num_streams, hidden_size, variant)
     if found is not None:
         return "torch", f"a check of the Triton kernels failed: {found}"
     return "triton", "it agreed with plain PyTorch in a check"

@@ -40,6 +40,12 @@ def check_model_type(model_type: str) -> None:
         )
 
 
+def check_family(config: Any, model_type: str) -> None:
+    """Refuses the configuration of a family that no row describes, see `check_model_type`."""
+    if outside_family(config, model_type) is None:
+        check_model_type(model_type)
+
+
 def layer_specs(config: Any, model_type: str) -> tuple[LayerSpec, ...]:
     """The layer specifications of a family for this configuration; each layer follows the first one that it fits.
 
@@ -50,7 +56,7 @@ def layer_specs(config: Any, model_type: str) -> tuple[LayerSpec, ...]:
     Raises:
         ValueError: if the family, or the family with this configuration, is not supported.
     """
-    check_model_type(model_type)
+    check_family(config, model_type)
     if getattr(config, "add_cross_attention", False):
         raise ValueError(
             f"{model_type} must be a decoder without cross-attention; got add_cross_attention=True. "

@@ -238,8 +238,8 @@ class HyperConnectedModel(Shareable):
         Raises:
             ValueError: if its layers are not those that its configuration would make again.
         """
-        owner, layers = find_decoder(self)[:2]
-        check_complete(layers, owner[-1].config)
+        decoder = find_decoder(self)
+        check_complete(decoder.layers, decoder.owners[-1].config, decoder.candidates)
         if getattr(getattr(self, "hf_quantizer", None), "pre_quantized", False):
             # For what has been unpacked transformers has no way back, and asks for one with an error without words.
             kwargs.setdefault("save_original_format", False)

@@ -6,11 +6,12 @@ been loaded. Nothing here runs code: whoever loaded the classes has decided that
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .families import COMPOSITE, REFUSED, ROWS
 from .layer_spec import ByConfig, LayerSpec, Row, layer_kinds
+from .model_types import PREFIX
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class BoundFamily:
         family: the row.
         config_class: its configuration class.
         models: its model classes, by the name of the Auto class that stands for each.
+        withdrawn: whether the row holds no longer but for models that have hyper-connections by it.
     """
 
     family: OutsideFamily
     config_class: Any
     models: dict[str, Any]
+    withdrawn: bool = False
 
 
 REGISTERED: dict[str, OutsideFamily] = {}
@@ -87,29 +90,44 @@ def backbone_config_class(config: Any) -> Any:
 def outside_family(config: Any, model_type: str) -> OutsideFamily | None:
     """The family from outside that a configuration is of, None if it is none."""
     own = BOUND.get(backbone_config_class(config))
-    if own is not None:
+    if own is not None and (hasattr(config, "backbone_config_class") or not own.withdrawn):
         return own.family
     if model_type in REGISTERED:
         return REGISTERED[model_type]
     # A saved model and its base have copies of the same classes, and the row comes with the saved one.
-    return next((bound.family for bound in bound_to(model_type)), None)
+    return next((bound.family for bound in bound_to(model_type) if not bound.withdrawn), None)
 
 
 def has_derived_row(config: Any) -> bool:
     """Whether what the layers of a model look like was read from their source, and not written by somebody."""
-    family = outside_family(config, config.model_type.removeprefix("kromhc_"))
+    family = outside_family(config, config.model_type.removeprefix(PREFIX))
     return family is not None and any(kind.derived for kind in layer_kinds(family.row))
 
 
 def is_from_outside(model_type: str) -> bool:
     """Whether there is a row from outside for a model type."""
-    return model_type in REGISTERED or any(bound.family.model_type == model_type for bound in BOUND.values())
+    return model_type in REGISTERED or any(not bound.withdrawn for bound in bound_to(model_type))
 
 
 def bind(family: OutsideFamily, config_class: Any, models: dict[str, Any]) -> None:
     """Notes the classes of a family from outside, beside those that are known of it."""
     known = BOUND[config_class].models if config_class in BOUND else {}
     BOUND[config_class] = BoundFamily(family, config_class, {**known, **models})
+
+
+def register(family: OutsideFamily) -> None:
+    """Has a row hold for its model type from now on, whatever held before."""
+    REGISTERED[family.model_type] = family
+    for bound in bound_to(family.model_type):
+        BOUND[bound.config_class] = replace(bound, family=family, withdrawn=False)
+
+
+def withdraw(model_type: str) -> None:
+    """Has the registered row hold no longer, but for the models that have hyper-connections by it."""
+    family = REGISTERED.pop(model_type)
+    for bound in bound_to(model_type):
+        if bound.family == family:
+            BOUND[bound.config_class] = replace(bound, withdrawn=True)
 
 
 def bound_to(model_type: str) -> list[BoundFamily]:
