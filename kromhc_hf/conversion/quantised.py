@@ -43,8 +43,8 @@ def runnable(config: Any, folder: Path) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"a checkpoint must be run to be verified; {folder} is quantised ({method}), which does not run here: "
-            f"{reason.removesuffix('.')}. Verify it where it runs. Converting it needs no run: kromhc convert without "
-            "--verify."
+            f"{reason.removesuffix('.')}. Verify it where it runs. Converting it needs no run: kromhc convert "
+            "--no-verify (verify=False)."
         ) from error
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling.configuration_kromhc import KromHCConfig
+from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.modeling_kromhc import GENERATIVE_FACES
 from ..training import hyper_connection_state_dict
 from .layerwise import LayerwiseModel
@@ -56,7 +57,8 @@ def verify_conversion(
         max_tokens: at most so many tokens, and never more than the model's context.
         new_tokens: length of the greedy continuation with a cache. On a CPU, models in half precision with up to 2**30
             parameters continue in fp32.
-        dtype: to load both in; "auto" is the one they are stored in.
+        dtype: to load both in; "auto" is the one they are stored in, or fp32 for families whose layers add their
+            branches in an order that hyper-connections do not have: in half precision equal functions differ there.
         layers: "all" to compare layer by layer, or the positions of some layers, such as `range(8, 12)`, which are then
             run on the embeddings as if there were no others. None runs the whole models in memory.
         subfolder: where the base is in its folder or repository.
@@ -67,8 +69,8 @@ def verify_conversion(
 
     Raises:
         ValueError: if one of the two is incomplete, `converted` cannot have been made from `base` or has no
-            hyper-connections, the text is empty, there are no such layers, or one is quantised by a method that does
-            not run here, or not by layers.
+            hyper-connections, the text is empty, there are no such layers, the family cannot be compared in this
+            dtype, or one is quantised by a method that does not run here, or not by layers.
         OSError: if one of the two cannot be loaded.
     """
     # The converted one first, which may bring the row of its family along.
@@ -78,6 +80,7 @@ def verify_conversion(
     text_config = first.config.get_text_config()
     wanted = None if layers is None else _positions(layers, text_config.num_hidden_layers)
     _check_pair(first, second)
+    dtype = _comparable(dtype, second)
     context = getattr(text_config, "max_position_embeddings", None) or max_tokens
     # Images and the continuation need room too.
     length = min(max_tokens, context if text_config is first.config else context // 2)
@@ -136,6 +139,20 @@ def _verify_layers(
         layers=tuple(layers),
         first_different_layer=first,
     )
+
+
+def _comparable(dtype: torch.dtype | str, converted: StoredModel) -> torch.dtype | str:
+    """The dtype in which base and converted model compute the same, or differ by no more than rounding in fp32."""
+    if all(spec.exact for spec in present_plan(find_decoder(converted.skeleton())).specs):
+        return dtype
+    if dtype == "auto":
+        return torch.float32
+    if str(dtype).removeprefix("torch.") not in ("float32", "float64"):
+        raise ValueError(
+            f"dtype must be float32 for {family_of(converted.config).model_type}, whose layers add their branches in "
+            f"another order: in half precision equal functions differ. Got {dtype}. Leave dtype out, or use float32."
+        )
+    return dtype
 
 
 def _positions(layers: str | Sequence[int], count: int) -> list[int]:

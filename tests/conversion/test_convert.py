@@ -219,6 +219,20 @@ def test_half_precision_must_be_bitwise(base, tmp_path):
     assert not verify_conversion(base, tmp_path / "changed", dtype="bfloat16").lossless
 
 
+@pytest.mark.parametrize("family", ["cohere", "stablelm"])
+def test_half_precision_of_reordered_sums_is_compared_in_fp32(tmp_path, family):
+    """Equal functions differ in half precision where branches are added in another order."""
+    reordered = next(config for config in configurations(family) if getattr(config, "use_parallel_residual", True))
+    make_model(reordered, torch.bfloat16).save_pretrained(tmp_path / "base")
+    base, out = tmp_path / "base", tmp_path / "out"
+    report = convert_checkpoint(base, out, verify=True)
+    assert (report.dtype, report.lossless, report.passed) == ("float32", True, True)
+    assert verify_conversion(base, out, layers="all").lossless
+    for dtype in (torch.bfloat16, "float16"):
+        with pytest.raises(ValueError, match=f"dtype must be float32 for {family}, .* or use float32"):
+            verify_conversion(base, out, dtype=dtype)
+
+
 @pytest.mark.parametrize("num_streams", [0, -1, 7, "4"])
 def test_bad_options_leave_nothing(base, tmp_path, num_streams):
     with pytest.raises(ValueError, match="num_streams must"):
