@@ -42,15 +42,16 @@ def families_table() -> list[FamilyRow]:
 
 
 def _all_families() -> list[FamilyRow]:
-    supported = [FamilyRow(name, True, describe(row), _exactness(row)) for name, row in sorted(SUPPORTED.items())]
+    supported = [FamilyRow(name, True, describe(row), exactness(row)) for name, row in sorted(SUPPORTED.items())]
     supported += [
-        FamilyRow(name, True, describe(ROWS[text]), _exactness(ROWS[text]), text)
+        FamilyRow(name, True, describe(ROWS[text]), exactness(ROWS[text]), text)
         for name, text in sorted(COMPOSITE.items())
     ]
     return supported + [FamilyRow(name, False, reason, "") for name, reason in sorted(REFUSED.items())]
 
 
-def _exactness(row: Row) -> str:
+def exactness(row: Row) -> str:
+    """How the logits of a converted model that was not trained compare with those of its base."""
     return EXACT if all(spec.exact for spec in layer_kinds(row)) else REORDERED
 
 

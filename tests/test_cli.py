@@ -194,6 +194,25 @@ def test_families_tells_of_types_that_it_has_no_row_for(kromhc, tmp_path):
     assert "1 model type refused" in kromhc("families", tmp_path)[1]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "found"),
+    [
+        ("opt", {"do_layer_norm_before": False}, (False, "do_layer_norm_before=True", "")),
+        ("stablelm", {"use_parallel_residual": True}, (True, "mlp(input_layernorm(x))", "up to the rounding")),
+        ("stablelm", {"use_parallel_residual": False}, (True, "mlp(post_attention_layernorm(x))", "bitwise equal")),
+    ],
+)
+def test_families_tells_what_the_configuration_of_a_model_makes_of_its_row(
+    kromhc, tmp_path, model_type, changes, found
+):
+    AutoConfig.for_model(model_type, **changes).save_pretrained(tmp_path)
+    code, out, _ = kromhc("families", tmp_path, "--json")
+    (row,) = json.loads(out)
+    assert (code, row["supported"]) == (0, found[0])
+    assert found[1] in row["description"]
+    assert found[2] in row["exactness"]
+
+
 def test_demo(kromhc, tmp_path):
     code, out, _ = kromhc("demo", "--output", tmp_path / "demo", "--steps", 3)
     assert code == 0

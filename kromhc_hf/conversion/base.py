@@ -85,7 +85,7 @@ class BaseCheckpoint:
             ValueError: if it is damaged, converted already, an adapter, or names code of another repository; or if
                 `base_model` is not a Hub id.
         """
-        folder = resolve_source(source, revision, subfolder, code)
+        folder = resolve_source(source, revision, subfolder, code=code, weight_variant=weight_variant)
         present = [*(path for path in folder.iterdir() if path.is_file()), *companion_files(folder)]
         before = {path: _fingerprint(path) for path in present}
         weights = find_weights(folder, _checked_config(folder), weight_variant)

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,11 +46,23 @@ def refuse_revision(path: Path, revision: str | None) -> None:
 
 
 def resolve_source(
-    source: str | os.PathLike[str], revision: str | None = None, subfolder: str = "", code: bool = False
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    subfolder: str = "",
+    *,
+    code: bool = False,
+    weights: bool = True,
+    weight_variant: str | None = None,
 ) -> Path:
     """The folder of a checkpoint: inside `source` if that is a folder, else in the downloaded snapshot of that Hub id.
 
-    Python files are downloaded with `code` alone.
+    Args:
+        source: folder or Hub id.
+        revision: of the Hub repository.
+        subfolder: where in it.
+        code: whether Python files are downloaded.
+        weights: whether weights are; of several sets one alone.
+        weight_variant: which one.
 
     Raises:
         FileNotFoundError: if it is neither a folder nor a repository that can be read, or has no such subfolder.
@@ -62,27 +74,30 @@ def resolve_source(
     if root.is_file():
         raise FileNotFoundError(f"source must be a folder or a Hub id; got the file {root}. Give its folder.")
     if not root.is_dir():
-        return _download(str(source), revision, subfolder, code)
+        return _download(str(source), revision, subfolder, code, weights, weight_variant)
     refuse_revision(root, revision)
     if not (root / subfolder).is_dir():
         raise _no_subfolder(source, subfolder, file_names(root))
     return root / subfolder
 
 
-def _download(repo_id: str, revision: str | None, subfolder: str, code: bool) -> Path:
+def _download(
+    repo_id: str, revision: str | None, subfolder: str, code: bool, weights: bool, weight_variant: str | None
+) -> Path:
     """The part of a snapshot that a conversion uses."""
     inside = "" if subfolder == "." else f"{subfolder}/"
-    patterns = [f"{inside}*{suffix}" for suffix in (".safetensors", *COMPANION_SUFFIXES, *[".py"] * code)]
+    patterns = [f"{inside}*{suffix}" for suffix in (*COMPANION_SUFFIXES, *[".py"] * code)]
     patterns += [f"{prefix}*" for prefix in (*COMPANION_PREFIXES, CARD)]
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-        if not any((folder / subfolder).glob("*.safetensors")):
-            # From one state of the repository, whatever is pushed to it meanwhile.
-            patterns.append(f"{inside}pytorch_model*.bin")
-            folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=patterns))
-        present = {path.suffix for path in (folder / subfolder).glob("*")}
-        if present & {".safetensors", ".bin"} or (folder / subfolder / ADAPTER_CONFIG).exists():
+        if not weights or (folder / subfolder / ADAPTER_CONFIG).exists():
             return folder / subfolder
+        for names in _weight_sets(folder / subfolder, weight_variant):
+            # From one state of the repository, whatever is pushed to it meanwhile.
+            wanted = [inside + name for name in names]
+            snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted)
+            if any((folder / name).is_file() for name in wanted):
+                return folder / subfolder
         names = HfApi().list_repo_files(repo_id, revision=folder.name)
     except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -94,6 +109,31 @@ def _download(repo_id: str, revision: str | None, subfolder: str, code: bool) ->
     if not there and inside:
         raise _no_subfolder(repo_id, subfolder, names)
     raise FileNotFoundError(f"source must hold safetensors weights; {repo_id} has none{instead_of_weights(there)}")
+
+
+def _weight_sets(folder: Path, weight_variant: str | None) -> Iterator[list[str]]:
+    """The weight files of a checkpoint of which the other files are there, as `find_weights` looks for them."""
+    for name in _weight_names(read_json(path) if (path := folder / "config.json").is_file() else {}, weight_variant):
+        if not INDEX.fullmatch(name):
+            yield [name]
+        elif (folder / name).is_file():
+            yield sorted(set(read_json(folder / name).get("weight_map", {}).values()))
+
+
+def _weight_names(config: dict[str, Any], weight_variant: str | None) -> list[str]:
+    """The names of weight files or their index, of which the first that there is counts.
+
+    Raises:
+        ValueError: if config.json names a file somewhere else.
+    """
+    named = config.get("transformers_weights")
+    if not named:
+        return [with_weight_variant(name, weight_variant) for name in WEIGHT_FILES]
+    if not isinstance(named, str) or Path(named).name != named:
+        raise ValueError(
+            f"transformers_weights must name a file inside the checkpoint; got {named!r}. Correct config.json."
+        )
+    return [named]
 
 
 def _no_subfolder(source: str | os.PathLike[str], subfolder: str, names: Iterable[str]) -> FileNotFoundError:
@@ -162,21 +202,17 @@ def find_weights(folder: Path, config: dict[str, Any], weight_variant: str | Non
         FileNotFoundError: if the folder has no weights, or not all that its index names.
         ValueError: if a file is damaged, or does not hold what the index says.
     """
-    named = config.get("transformers_weights")
     single, index, single_pickled, index_pickled = (with_weight_variant(name, weight_variant) for name in WEIGHT_FILES)
-    searched = (single, index, single_pickled, index_pickled)
-    name = named or next((name for name in searched if (folder / name).is_file()), index)
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ValueError(
-            f"transformers_weights must name a file inside the checkpoint; got {name!r}. Correct config.json."
-        )
-    if not (folder / name).is_file():
+    searched = _weight_names(config, weight_variant)
+    name = next((name for name in searched if (folder / name).is_file()), None)
+    if name is None:
+        missing = index if index in searched else searched[0]
         raise FileNotFoundError(
             f"source must hold safetensors weights ({single} or {index}), or older ones ({single_pickled} or "
-            f"{index_pickled}); {folder} has no {name}{instead_of_weights(file_names(folder))}"
+            f"{index_pickled}); {folder} has no {missing}{instead_of_weights(file_names(folder))}"
         )
     # transformers reads no .bin file that is named in config.json.
-    pickled = not named and name in (single_pickled, index_pickled)
+    pickled = not config.get("transformers_weights") and name in (single_pickled, index_pickled)
     if not INDEX.fullmatch(name):
         return Weights([name], {} if pickled else dict.fromkeys(tensor_names(folder / name), name), pickled)
     indexed = read_index(folder / name)

@@ -116,7 +116,8 @@ class StoredModel:
             ValueError: if it is an adapter, its family is not supported, its code must be trusted, or it names code of
                 another repository.
         """
-        folder = resolve_source(source, subfolder=subfolder, code=trust_remote_code)
+        wanted: dict[str, Any] = {"code": trust_remote_code, "weight_variant": weight_variant}
+        folder = resolve_source(source, subfolder=subfolder, **wanted)
         content = model_content(folder)
         own_code = content.get("model_type") not in also and runs_own_code(content, folder, trust_remote_code)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from support.folders import contents
+from support.hub_client import push_base
 from support.tiny import configurations, make_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from kromhc_hf import convert_checkpoint, verify_conversion
+from kromhc_hf.conversion.files import find_weights
 
 
 def save_two_variants(folder, **options):
@@ -79,7 +81,9 @@ def test_a_subfolder_and_a_variant_on_the_hub(hub, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded(tokens).logits, models[1](tokens).logits)
     assert "base_model" not in loaded.config.hc_conversion
-    assert not [path for path in (tmp_path / "cache").rglob("model.safetensors") if path.parent.name != "policy"]
+    weights = {path.name for path in (tmp_path / "cache").rglob("*.safetensors") if path.parent.name == "policy"}
+    assert weights == {"model.fp16.safetensors"}
+    assert not [path for path in (tmp_path / "cache").rglob("*.safetensors") if path.parent.name != "policy"]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,24 @@ def test_what_is_there_is_named_on_the_hub(hub, tmp_path):
     }.items():
         with pytest.raises(FileNotFoundError, match=message):
             convert_checkpoint(repository, tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}], ids=["single", "sharded"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_one_set_of_weights_is_downloaded(hub, tmp_path, kromhc, options, variant):
+    """Of the same model by another name, as another variant or in another folder, nothing; of its row, no weights."""
+    save_two_variants(tmp_path / "base", **options)
+    for extra in ("consolidated.safetensors", "original/model.safetensors"):
+        (tmp_path / "base" / extra).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / extra).write_bytes(b"large")
+    push_base(tmp_path / "base")
+    code, out, _ = kromhc("families", "ada/base", "--json")
+    assert (code, json.loads(out)[0]["model_type"]) == (0, "qwen2")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    convert_checkpoint("ada/base", tmp_path / "out", weight_variant=variant)
+    found = {path.name for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(found) == (1 if not options else len(find_weights(tmp_path / "base", {}, variant).files))
+    assert all((".fp16" in name) == (variant is not None) for name in found)
 
 
 def test_an_adapter_alone_is_called_one(tmp_path, hub):
