@@ -200,9 +200,27 @@ def record_outputs_of(model: Any) -> None:
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
 
 
-def keep_last_weights(folder: Path) -> None:
-    """Removes what a save over other weights leaves and a loader would take: the one file, or the index of shards."""
+@contextmanager
+def weights_of_this_save(folder: Path, removes: bool) -> Iterator[None]:
+    """Removes what a save over other weights leaves and a loader would take: the one file, or the index of shards.
+
+    Which of the two is old is told by what the save has written, not by times, which may lie in the future.
+
+    Args:
+        folder: that is saved into.
+        removes: whether this process does so.
+    """
     paths = [folder / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
-    if all(path.is_file() for path in paths):
-        with suppress(FileNotFoundError):  # another process was faster
-            min(paths, key=lambda path: path.stat().st_mtime_ns).unlink()
+    before = [_state(path) for path in paths]
+    yield
+    written = [_state(path) not in (None, state) for path, state in zip(paths, before)]
+    if removes and sum(written) == 1:
+        paths[written.index(False)].unlink(missing_ok=True)  # another process may have been faster
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What changes with every write of a file, whatever time is set for it; None if there is none."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

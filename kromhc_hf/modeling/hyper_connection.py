@@ -41,6 +41,23 @@ def coefficients_dtype(own: torch.dtype, streams: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.promote_types(own, streams), torch.float32)
 
 
+def _fitting(branch_output: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A branch output as it is added to a residual of this shape.
+
+    Raises:
+        ValueError: if it does not broadcast to it: tokens would be taken for others.
+    """
+    if branch_output.shape == shape:
+        return branch_output
+    sizes = zip(reversed(branch_output.shape), reversed(shape))
+    if branch_output.ndim > len(shape) or any(size not in (1, wanted) for size, wanted in sizes):
+        raise ValueError(
+            f"the output of a branch must have the shape of its input, {list(shape)}; got {list(branch_output.shape)}. "
+            "Bring its dimensions into that order before it is written."
+        )
+    return branch_output.expand(shape)
+
+
 class HyperConnection(StreamModule):
     r"""Hyper-connection around one residual branch `F`, with a constrained `h_res` (arXiv 2601.21579, eq. 5-9).
 
@@ -141,11 +158,20 @@ class HyperConnection(StreamModule):
                 (option `stream_recompute`); with 0 or 1 all do.
 
         Returns:
-            The branch input `[B, S, C]`, and the depth connection `write`: it takes the branch output `[B, S, C]` and
-            returns the new streams `[B, S, n, C]`.
+            The branch input `[B, S, C]`, and the depth connection `write`: it takes the branch output `[B, S, C]`, or
+            one that broadcasts to it, and returns the new streams `[B, S, n, C]`.
+
+        Raises:
+            ValueError: if the streams are not `[..., n, C]`, and by `write`, if the branch output does not fit.
         """
+        if streams.shape[-2:] != (self.num_streams, self.hidden_size):
+            raise ValueError(
+                f"streams must be [B, S, n, C] with n = {self.num_streams} and C = {self.hidden_size}; got "
+                f"{list(streams.shape)}. Make the first ones with expand(hidden_states, {self.num_streams})."
+            )
+        shape = (*streams.shape[:-2], self.hidden_size)
         if self.num_streams == 1:
-            return streams.squeeze(-2), lambda branch_output: streams + branch_output.unsqueeze(-2)
+            return streams.squeeze(-2), lambda output: streams + _fitting(output, shape).unsqueeze(-2)
         own = self.bias
         assert own is not None
         dtype = coefficients_dtype(own.dtype, streams.dtype)
@@ -164,7 +190,7 @@ class HyperConnection(StreamModule):
 
         def write(branch_output: Tensor) -> Tensor:
             with without_autocast(streams):
-                return write_back(branch_output)
+                return write_back(_fitting(branch_output, shape))
 
         return branch_input, write
 

@@ -78,8 +78,7 @@ class WidthConnection(torch.autograd.Function):
         ctx.mixing, ctx.eps, ctx.origin = mixing, eps, origin
         ctx.mark_non_differentiable(h_res)
         ctx.set_materialize_grads(False)
-        branch_input = read(looked_at, h_pre)
-        return branch_input.view(*streams.shape[:-2], -1), h_post, streams.detach(), h_res
+        return read(looked_at, h_pre, streams.shape[:-2]), h_post, streams.detach(), h_res
 
     @staticmethod
     def backward(
@@ -168,7 +167,7 @@ class DepthConnection(torch.autograd.Function):
 def depth(streams: Tensor, h_post: Tensor, branch_output: Tensor, h_res: Tensor, rows_sum_to_one: bool) -> Tensor:
     """What a depth connection computes, `[..., n, C]`."""
     looked_at = Streams.of(streams.flatten(0, -3))
-    return write(looked_at, h_res, h_post, branch_output.flatten(0, -2), rows_sum_to_one).view(streams.shape)
+    return write(looked_at, h_res, h_post, branch_output.flatten(0, -2), rows_sum_to_one, streams.shape[:-2])
 
 
 def differentiable_gradients(
@@ -234,16 +233,15 @@ def connect(
         return branch_input, write_back_with_gradients
 
     looked_at = Streams.of(streams.flatten(0, -3))
-    tokens = looked_at.tokens
+    tokens, leading = looked_at.tokens, streams.shape[:-2]
     h_pre, h_post, logits = mixing.weights_and_logits(*project(tokens, weight, eps), bias, alpha)
-    branch_input = read(looked_at, for_tokens(h_pre, tokens.shape[:1]))
 
     def write_back(branch_output: Tensor) -> Tensor:
         h_res = None if looked_at.stay(sum_to_one) else for_tokens(mixing.matrix(logits), tokens.shape[:1], 2)
         output, gates = branch_output.flatten(0, -2), for_tokens(h_post, tokens.shape[:1])
-        return write(looked_at, h_res, gates, output, sum_to_one).view(streams.shape)
+        return write(looked_at, h_res, gates, output, sum_to_one, leading)
 
-    return branch_input.view(*streams.shape[:-2], -1), write_back
+    return read(looked_at, for_tokens(h_pre, tokens.shape[:1]), leading), write_back
 
 
 def connect_reference(

@@ -7,6 +7,7 @@ they are: its products sum in fp32, and coefficients go in as two numbers in bf1
 `[T, n, C]` here, tokens in one dimension.
 """
 
+from collections.abc import Sequence
 from math import gcd
 from typing import NamedTuple
 
@@ -167,24 +168,31 @@ class Streams(NamedTuple):
         return torch.baddbmm(total, weights[..., 1:], differences, out=place)
 
 
-def read(streams: Streams, h_pre: Tensor) -> Tensor:
-    """`sum_j h_pre[j] streams[j]`, `[T, C]` in the dtype of the streams."""
+# What these return is no view: hooks may change the output of an autograd function in place if it is none.
+def read(streams: Streams, h_pre: Tensor, leading: Sequence[int]) -> Tensor:
+    """`sum_j h_pre[j] streams[j]`, `[*leading, C]` in the dtype of the streams, which are `[T, n, C]`."""
     tokens = streams.tokens
-    out = tokens.new_empty(tokens.shape[0], 1, tokens.shape[2])
-    for part, weights, place in in_spans(held(tokens, h_pre.dtype), tokens, h_pre.unsqueeze(1), out):
+    out = tokens.new_empty(*leading, tokens.shape[2])
+    places = out.view(tokens.shape[0], 1, tokens.shape[2])
+    for part, weights, place in in_spans(held(tokens, h_pre.dtype), tokens, h_pre.unsqueeze(1), places):
         store(place, streams.sums(weights, part, place))
-    return out.squeeze(1)
+    return out
 
 
 def write(
-    streams: Streams, h_res: Tensor | None, h_post: Tensor, branch_output: Tensor, rows_sum_to_one: bool
+    streams: Streams,
+    h_res: Tensor | None,
+    h_post: Tensor,
+    branch_output: Tensor,
+    rows_sum_to_one: bool,
+    leading: Sequence[int],
 ) -> Tensor:
-    """`sum_j h_res[i, j] streams[j] + h_post[i] branch_output`, `[T, n, C]`; no h_res where the streams stay."""
+    """`sum_j h_res[i, j] streams[j] + h_post[i] branch_output`, `[*leading, n, C]`; no h_res where the streams stay."""
     tokens, stay = streams.tokens, streams.stay(rows_sum_to_one)
-    out, dtype = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device), held(tokens, h_post.dtype)
-    weights = h_post if h_res is None else h_res
-    gates, outputs = h_post.unsqueeze(-1), branch_output.unsqueeze(1)
-    for part, weight, gate, output, place in in_spans(dtype, tokens, weights, gates, outputs, out):
+    out = torch.empty((*leading, *tokens.shape[1:]), dtype=tokens.dtype, device=tokens.device)
+    dtype, weights = held(tokens, h_post.dtype), h_post if h_res is None else h_res
+    gates, outputs, places = h_post.unsqueeze(-1), branch_output.unsqueeze(1), out.view(tokens.shape)
+    for part, weight, gate, output, place in in_spans(dtype, tokens, weights, gates, outputs, places):
         mixed = cast(part[:, :1], dtype) if stay else streams.sums(weight, part, place, rows_sum_to_one)
         there = place if place.dtype == mixed.dtype else None
         store(place, torch.addcmul(mixed, gate, cast(output, dtype), out=there))

@@ -1,6 +1,7 @@
 """What conversion writes, that it proves itself, and how little a large checkpoint takes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -141,6 +142,23 @@ def test_saving_trained_weights_into_the_same_folder(base, tmp_path, sizes):
     assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == set(found.files)
     assert (tmp_path / "out/model.safetensors.index.json").exists() == (len(found.files) > 1)
     assert contents(base) == before
+
+
+@pytest.mark.parametrize("sizes", [("1GB", "40KB"), ("40KB", "1GB")], ids="-then-".join)
+def test_saving_over_weights_from_the_future(base, tmp_path, sizes):
+    """As an archive from another time zone leaves them, or a clock that was set back."""
+    out = tmp_path / "out"
+    convert_checkpoint(base, out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    model.save_pretrained(out, max_shard_size=sizes[0])
+    for path in out.iterdir():
+        os.utime(path, (2**32, 2**32))
+    with torch.no_grad():
+        model.model.layers[0].attn_hc.bias.fill_(0.5)
+    model.save_pretrained(out, max_shard_size=sizes[1])
+    again, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert (again.model.layers[0].attn_hc.bias == 0.5).all()
 
 
 def test_folders_of_the_earlier_layout(base, tmp_path):

@@ -248,3 +248,29 @@ def test_the_reference_keeps_the_function_bitwise(variant: str, dtype: torch.dty
                 module.kernel = "reference"
         assert torch.equal(model(ids).logits, expected)
         assert torch.equal(model.generate(ids[:, :8], max_new_tokens=4, do_sample=False), generated)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_hooks_may_change_outputs_in_place(way: str, recompute: str) -> None:
+    """As in the plain model; of streams as well as of what a branch reads."""
+    gradients = []
+    for in_place in (True, False):
+        model = apply_hyper_connections(tiny_llama(), stream_recompute=recompute)
+        separate_streams(model)
+        for module in model.modules():
+            if isinstance(module, HyperConnection):
+                module.kernel = way
+
+        def layer_hook(module, inputs, output, in_place=in_place):
+            return output.mul_(1.1) if in_place else output * 1.1
+
+        def norm_hook(module, inputs, in_place=in_place):
+            return (inputs[0].add_(0.1),) if in_place else (inputs[0] + 0.1,)
+
+        model.model.layers[0].register_forward_hook(layer_hook)
+        model.model.layers[1].input_layernorm.register_forward_pre_hook(norm_hook)
+        rows = torch.randint(99, (2, 40), generator=torch.Generator().manual_seed(0))
+        model(rows, labels=rows).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(grad, gradients[1][name]) for name, grad in gradients[0].items())

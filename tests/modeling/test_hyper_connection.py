@@ -206,6 +206,31 @@ def test_stays_on_the_manifold_after_optimiser_steps(variant: str) -> None:
     assert doubly_stochastic_error(h_res) <= 4 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("kernel", ["torch", "reference"])
+@pytest.mark.parametrize("num_streams", [1, 4])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_a_branch_output_fits_like_in_a_plain_residual(kernel: str, num_streams: int, tokens: int) -> None:
+    """What broadcasts is written, whatever the number of tokens; what would add to another token is refused."""
+    connection = HyperConnection(24, num_streams, kernel=kernel)
+    streams = torch.randn(2, tokens, num_streams, 24)
+    for shape in ((1, tokens, 24), (2, 1, 24), (tokens, 24), (24,)):
+        output = torch.randn(shape)
+        _, write = connection(streams)
+        assert torch.equal(write(output), write(output.expand(2, tokens, 24)))
+    for shape in ((tokens, 2, 24), (2 * tokens, 24), (2, tokens, 12), (1, 2, tokens, 24), (2, tokens + 1, 24)):
+        _, write = connection(streams)
+        with pytest.raises(ValueError, match=rf"must have the shape of its input, \[2, {tokens}, 24\]"):
+            write(torch.randn(shape))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("kernel", ["torch", "reference"])
+@pytest.mark.parametrize("shape", [(2, 40, 1, 24), (2, 40, 4, 12), (2, 40, 24)])
+def test_streams_of_another_size_are_refused(dynamic: bool, kernel: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"streams must be \[B, S, n, C\] with n = 4 and C = 24"):
+        HyperConnection(24, 4, dynamic=dynamic, kernel=kernel)(torch.randn(shape))
+
+
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_zero_and_huge_streams_stay_finite(variant: str) -> None:
     module = HyperConnection(6, 4, variant=variant)
