@@ -165,6 +165,9 @@ def verify(
             help="Load one layer at a time, for models larger than memory, and compare all or a slice such as 8:12.",
         ),
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Revision of the base on the Hub, if not the one that it was converted from.")
+    ] = None,
     subfolder: Subfolder = "",
     weight_variant: WeightVariant = None,
     family: Family = None,
@@ -186,6 +189,7 @@ def verify(
             max_tokens=max_tokens,
             dtype=dtype,
             layers=parse_layers(layerwise),
+            revision=revision,
             subfolder=subfolder,
             weight_variant=weight_variant,
             trust_remote_code=trust_remote_code,

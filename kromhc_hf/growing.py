@@ -11,11 +11,12 @@ from .applying import has_hyper_connections
 from .evaluation_mode import evaluation_mode
 from .modeling.composite import replace_config, text_model_of
 from .modeling.connection_plan import find_decoder
-from .modeling.decoder_layer import make_expansion, make_readout
+from .modeling.decoder_layer import HyperConnectedLayer, make_expansion, make_readout
 from .modeling.hyper_connection import HyperConnection
 from .modeling.layer_fit import check_own_forward
+from .modeling.layer_spec import END_NAMES
 from .modeling.options import StreamOptions
-from .modeling.stream_ends import READOUTS, SigmoidReadout, SoftmaxReadout, StreamReadout
+from .modeling.stream_ends import READOUTS, SigmoidReadout, SoftmaxReadout, StreamExpansion, StreamReadout
 from .modeling.variants_permutations import KromHCMixing, prime_factors
 from .whole_models import check_not_a_part
 
@@ -91,17 +92,23 @@ def grow_streams(model: Any, factor: int = 2, *, kept: float = 0.999) -> Growth:
     decoder = find_decoder(model)
     for position, layer in enumerate(decoder.layers):
         check_own_forward(layer, position)
+        _check_own_modules(layer, position)
 
     with evaluation_mode(model):
         expected = _probe(model)
         config = copy.deepcopy(config)  # other models may share it
-        replace_config(model, config)
+        steps = []
         for size in prime_factors(factor):
             digit = _new_digit(config.hc_num_streams, size)
             config.hc_num_streams *= size
-            options = config.stream_options()
-            for layer in decoder.connected:
-                _grow_layer(layer, options, digit, kept)
+            steps.append((digit, config.stream_options()))
+        # All are made before the first takes its place.
+        grown = [(layer, _grown_modules(layer, steps, kept)) for layer in decoder.connected]
+        replace_config(model, config)
+        for layer, modules in grown:
+            layer.hc_options = config.stream_options()
+            for name, module in modules.items():
+                setattr(layer, name, module)
         difference = (_probe(model) - expected).abs().max().item()
     return Growth(before, config.hc_num_streams, difference)
 
@@ -123,16 +130,37 @@ def _new_digit(num_streams: int, size: int) -> Digit:
     return Digit(size, position, streams.expand(shape).flatten(), copies.expand(shape).flatten())
 
 
-def _grow_layer(layer: Any, options: StreamOptions, digit: Digit, kept: float) -> None:
-    hidden_size = layer.hc_config.hidden_size
-    layer.hc_options = options
-    for name in layer.spec.names:
-        setattr(layer, name, _grow_hyper_connection(getattr(layer, name), options, digit, kept))
-    if layer.expand_hc is not None:
-        weight = layer.expand_hc.weight[digit.stream]
-        layer.expand_hc = _filled(make_expansion(options, hidden_size), layer.expand_hc, {"weight": weight})
-    if layer.readout_hc is not None:
-        layer.readout_hc = _grow_readout(layer.readout_hc, make_readout(options, hidden_size), digit, kept)
+def _modules(layer: Any) -> dict[str, Any]:
+    """What hyper-connections have added to a layer, by the name of the attribute."""
+    names = (*layer.spec.names, *END_NAMES) if isinstance(layer, HyperConnectedLayer) else ()
+    return {name: module for name in names if (module := getattr(layer, name)) is not None}
+
+
+def _check_own_modules(layer: Any, position: int) -> None:
+    """Refuses modules that something is wrapped around or made of, or whose parameters are somewhere else."""
+    own = {HyperConnection, StreamExpansion, *(readout.module for readout in READOUTS.values())}
+    for name, module in _modules(layer).items():
+        if type(module) not in own or any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(
+                f"a model must have its own hyper-connections in memory to be grown; got {type(module).__name__} as "
+                f"{name} of layer {position}, or parameters that are not there. Grow the model before PEFT, "
+                "parametrisations, sharding or offloading."
+            )
+
+
+def _grown_modules(layer: Any, steps: list[tuple[Digit, StreamOptions]], kept: float) -> dict[str, Any]:
+    hidden_size, modules = layer.hc_config.hidden_size, _modules(layer)
+    for digit, options in steps:
+        for name, module in modules.items():
+            if isinstance(module, HyperConnection):
+                modules[name] = _grow_hyper_connection(module, options, digit, kept)
+            elif isinstance(module, StreamExpansion):
+                assert module.weight is not None
+                weight = module.weight[digit.stream]
+                modules[name] = _filled(make_expansion(options, hidden_size), module, {"weight": weight})
+            else:
+                modules[name] = _grow_readout(module, make_readout(options, hidden_size), digit, kept)
+    return modules
 
 
 def _grow_hyper_connection(old: HyperConnection, options: StreamOptions, digit: Digit, kept: float) -> HyperConnection:

@@ -2,8 +2,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model
 from support.connected import LEARNED_READOUTS, connected, tiny_llama
 from support.tiny import token_ids
+from torch.nn.utils import parametrize
 
 from kromhc_hf import KromHCForCausalLM, apply_hyper_connections, grow_streams, growing
 
@@ -55,6 +58,26 @@ def test_growing_leaves_every_module_in_its_mode(fails: bool, monkeypatch) -> No
     after = {name: module.training for name, module in model.named_modules()}
     assert {name: after[name] for name in before} == before
     assert all(after[name] for name in after.keys() - before.keys())
+
+
+def wrapped(model) -> None:
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["attn_hc", "ffn_hc"]))
+
+
+def parametrised(model) -> None:
+    parametrize.register_parametrization(model.model.layers[2].attn_hc, "bias", torch.nn.Identity())
+
+
+@pytest.mark.parametrize("change", [wrapped, parametrised, cpu_offload])
+def test_what_cannot_be_grown_is_left_as_it_is(change) -> None:
+    model = apply_hyper_connections(tiny_llama())
+    change(model)
+    tokens = token_ids(model.config)
+    before = model(tokens).logits
+    with pytest.raises(ValueError, match="Grow the model before PEFT, parametrisations, sharding or offloading"):
+        grow_streams(model)
+    assert model.config.hc_num_streams == 4
+    assert torch.equal(model(tokens).logits, before)
 
 
 def test_growing_dynamic_mappings_errs_in_second_order() -> None:

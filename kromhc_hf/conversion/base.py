@@ -89,6 +89,8 @@ class BaseCheckpoint:
         present = [*(path for path in folder.iterdir() if path.is_file()), *companion_files(folder)]
         before = {path: _fingerprint(path) for path in present}
         weights = find_weights(folder, _checked_config(folder), weight_variant)
+        for companion in filter(_names_code, companion_files(folder)):
+            _check_code(companion)
         used = [folder / "config.json", *(folder / file for file in weights.files), *companion_files(folder)]
         # Named as the base is only a repository that gives this model without further words.
         plain = not subfolder and weight_variant is None
@@ -149,7 +151,8 @@ class BaseCheckpoint:
             if not copy.exists():
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 bring_file(companion, copy, "copy", advance)
-                _leave_code_behind(companion, copy)
+                if _names_code(companion):
+                    write_json(copy, without_code(read_json(companion)))
 
     def check_unchanged(self) -> None:
         """Refuses to go on if one of the files is not what it was.
@@ -256,15 +259,15 @@ def _card_metadata(folder: Path) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _leave_code_behind(companion: Path, copy: Path) -> None:
-    """Takes out of a copied JSON file what names code, which does not travel."""
-    if companion.suffix != ".json" or b'"auto_map"' not in companion.read_bytes():
-        return
-    content = read_json(companion)
-    check_base_config(content, companion)
+def _names_code(companion: Path) -> bool:
+    return companion.suffix == ".json" and b'"auto_map"' in companion.read_bytes()
+
+
+def _check_code(companion: Path) -> None:
+    """Refuses a file of the base that needs code, which does not travel."""
+    check_base_config(read_json(companion), companion)
     if companion.name == "tokenizer_config.json" and not companion.with_name("tokenizer.json").is_file():
         raise ValueError(
             f"source must have a tokenizer that needs no code of its own; {companion} names some in auto_map and there "
             "is no tokenizer.json. Save a fast tokenizer beside it, or remove tokenizer_config.json."
         )
-    write_json(copy, without_code(content))

@@ -23,7 +23,7 @@ from .files import CARD, WEIGHTS_INDEX, weight_file_names, write_json
 from .report import ConversionReport
 from .stored_model import StoredModel
 from .stored_tensors import check_tensors
-from .tensor_files import TensorForm, write_safetensors
+from .tensor_files import TensorForm, tensor_bytes, write_safetensors
 from .verification import verify_conversion
 
 
@@ -179,7 +179,7 @@ def place(module: StreamModule, memory: Tensor) -> StreamModule:
 
 def _write_index(path: Path, files: dict[str, str]) -> None:
     """Writes which file beside the index holds which tensor."""
-    size = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+    size = sum(map(tensor_bytes, path.parent.glob("*.safetensors")))
     write_json(path, {"metadata": {"total_size": size}, "weight_map": files})
 
 

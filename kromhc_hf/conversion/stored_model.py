@@ -97,6 +97,7 @@ class StoredModel:
         cls,
         source: str | os.PathLike[str],
         *,
+        revision: str | None = None,
         subfolder: str = "",
         weight_variant: str | None = None,
         trust_remote_code: bool = False,
@@ -106,6 +107,7 @@ class StoredModel:
 
         Args:
             source: a folder or Hub id.
+            revision: of the Hub repository.
             subfolder: where in it.
             weight_variant: which set of weights.
             trust_remote_code: whether code in its folder may be run.
@@ -117,7 +119,7 @@ class StoredModel:
                 another repository.
         """
         wanted: dict[str, Any] = {"code": trust_remote_code, "weight_variant": weight_variant}
-        folder = resolve_source(source, subfolder=subfolder, **wanted)
+        folder = resolve_source(source, revision, subfolder, **wanted)
         content = model_content(folder)
         own_code = content.get("model_type") not in also and runs_own_code(content, folder, trust_remote_code)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)

@@ -76,6 +76,13 @@ def write_safetensors(
             raise ValueError(f"{path.name} must get all tensors that its header names; {missing[0]} did not come.")
 
 
+def tensor_bytes(path: Path) -> int:
+    """The size of the tensors in a safetensors file, in bytes, without its header."""
+    with path.open("rb") as file:
+        length = file.read(8)
+    return path.stat().st_size - len(length) - int.from_bytes(length, "little")
+
+
 def rewrite_as_safetensors(source: Path, target: Path, advance: Callable[[int], None] = lambda _: None) -> list[str]:
     """Writes the tensors of a `.bin` file to a safetensors file and returns their names.
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ def verify_conversion(
     new_tokens: int = 8,
     dtype: torch.dtype | str = "auto",
     layers: str | Sequence[int] | None = None,
+    revision: str | None = None,
     subfolder: str = "",
     weight_variant: str | None = None,
     trust_remote_code: bool = False,
@@ -61,6 +63,7 @@ def verify_conversion(
             branches in an order that hyper-connections do not have: in half precision equal functions differ there.
         layers: "all" to compare layer by layer, or the positions of some layers, such as `range(8, 12)`, which are then
             run on the embeddings as if there were no others. None runs the whole models in memory.
+        revision: of the base, if it is on the Hub; by default the one that the converted checkpoint was made from.
         subfolder: where the base is in its folder or repository.
         weight_variant: which set of weights of the base, what transformers calls `variant`.
         trust_remote_code: whether code in the two folders may be run, for a family whose code is not in transformers.
@@ -75,7 +78,10 @@ def verify_conversion(
     """
     # The converted one first, which may bring the row of its family along.
     second = StoredModel.open(converted, trust_remote_code=trust_remote_code)
-    named: dict[str, Any] = {"subfolder": subfolder, "weight_variant": weight_variant}
+    origin = getattr(second.config, "hc_conversion", None) or {}
+    if revision is None and origin.get("base_model") == str(base) and not Path(base).exists():
+        revision = origin.get("base_revision")
+    named: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "weight_variant": weight_variant}
     first = StoredModel.open(base, **named, trust_remote_code=trust_remote_code)
     text_config = first.config.get_text_config()
     wanted = None if layers is None else _positions(layers, text_config.num_hidden_layers)

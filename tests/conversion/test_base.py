@@ -131,6 +131,15 @@ def test_a_source_that_changes(sharded_base, tmp_path, link, name, change):
     assert only(tmp_path, "base")
 
 
+def test_a_tokenizer_that_needs_code_is_refused_before_anything_is_copied(base, tmp_path):
+    (base / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Tokenizer", null]}}')
+    copied = []
+    with pytest.raises(ValueError, match="a tokenizer that needs no code of its own"):
+        convert_checkpoint(base, tmp_path / "out", progress=lambda *bytes_done: copied.append(bytes_done))
+    assert not copied
+    assert only(tmp_path, "base")
+
+
 def test_foreign_code_and_files_stay_behind(base, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.Config"}}))

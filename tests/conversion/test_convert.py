@@ -87,7 +87,9 @@ def test_sharded_base(tmp_path, family):
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     assert [name for name in sorted(written) if name.endswith(".safetensors")] == names
     assert [written[name] for name in names[:-1]] == [before[name] for name in sorted(shards)]
-    index = json.loads(written["model.safetensors.index.json"])["weight_map"]
+    index, metadata = (json.loads(written["model.safetensors.index.json"])[k] for k in ("weight_map", "metadata"))
+    tensors = (tensor for name in names for tensor in load_file(tmp_path / "out" / name).values())
+    assert metadata["total_size"] == sum(tensor.nbytes for tensor in tensors)
     old = json.loads(before["model.safetensors.index.json"])["weight_map"]
     renamed = dict(zip(sorted(shards), names))
     assert {name: renamed[file] for name, file in old.items()}.items() < index.items()

@@ -18,7 +18,7 @@ from support.remote import visit_without_kromhc
 from support.tiny import configurations, make_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kromhc_hf import KromHCConfig, convert_checkpoint, push_checkpoint
+from kromhc_hf import KromHCConfig, convert_checkpoint, push_checkpoint, verify_conversion
 from kromhc_hf.cli import main
 
 
@@ -111,6 +111,9 @@ def test_convert_from_a_revision(hub, licensed_base, tmp_path):
     assert config.hc_conversion["base_model"] == "ada/base"
     assert config.hc_conversion["base_revision"] == old
     assert config.hc_conversion["license"] == {"license": "other", "license_name": "tiny"}
+    # Verified against what it was made from, whatever has been pushed since.
+    assert verify_conversion("ada/base", tmp_path / "old").bitwise_equal
+    assert not verify_conversion("ada/base", tmp_path / "old", revision="main").lossless
 
 
 def test_pickled_weights_from_the_hub(hub, licensed_base, tmp_path):
