@@ -111,6 +111,12 @@ def test_an_instance_level_forward_is_refused():
     model.model.layers[0].forward = model.model.layers[0].forward
     with pytest.raises(ValueError, match="layer 0 .* instance-level forward is in the way"):
         apply_hyper_connections(model)
+    model = llama()
+    # States that are recorded would be those of the streams.
+    model.model.forward = model.model.forward
+    with pytest.raises(ValueError, match="the model around the layers .* instance-level forward is in the way"):
+        apply_hyper_connections(model)
+    assert not has_hyper_connections(model)
 
 
 def test_missing_and_repeated_layers_are_refused():

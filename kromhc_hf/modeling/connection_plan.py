@@ -9,7 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .arrangement import check_distinct
 from .composite import models_to_text_model
 from .decoder_layer import HyperConnectedLayer
-from .layer_fit import check_family, fit_layer, layer_specs
+from .layer_fit import check_family, check_own_forward, fit_layer, layer_specs
 from .layer_loop import check_between_layers
 from .layer_spec import END_NAMES, LayerSpec, attribute
 from .model_types import PREFIX
@@ -107,6 +107,7 @@ def check_layers(decoder: Decoder) -> ConnectionPlan:
         )
     check_partitioned_dtype(layers)
     check_distinct(layers)
+    check_own_forward(decoder.owners[-1])
     check_between_layers(decoder.owners[-1], decoder.path)
     return ConnectionPlan(decoder, [_fitted(decoder, position) for position in range(len(layers))])
 

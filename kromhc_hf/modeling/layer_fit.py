@@ -135,15 +135,22 @@ def _check_returned(layer: nn.Module, layer_class: Any, spec: LayerSpec, label: 
             )
 
 
-def check_own_forward(layer: nn.Module, position: int) -> None:
-    """Refuses a layer whose forward is not its class's, since a change of class would not reach it.
+def check_own_forward(module: nn.Module, position: int | None = None) -> None:
+    """Refuses a layer, or the model around the layers, whose forward is not its class's.
+
+    A change of class would not reach it.
+
+    Args:
+        module: the layer or the model.
+        position: of the layer.
 
     Raises:
         ValueError: naming the layer and the way out.
     """
-    if "forward" in vars(layer):
+    if "forward" in vars(module):
+        what = "the model around the layers" if position is None else f"layer {position}"
         raise ValueError(
-            f"layer {position} ({type(layer).__name__}) must have its class's own forward; an instance-level forward "
+            f"{what} ({type(module).__name__}) must have its class's own forward; an instance-level forward "
             "is in the way (device_map offloading or a wrapper). Change the model before dispatching it."
         )
 

@@ -2,6 +2,7 @@
 """What all modules around the streams share: parameters that stay fp32 whatever dtype the model is loaded in."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ class StreamModule(nn.Module):
             return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device, torch.float32)
 
         return super()._apply(keep_wide, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # With assign=True the parameters would become what the file holds.
+        for name in self._parameters:
+            tensor = state_dict.get(prefix + name)
+            if isinstance(tensor, Tensor) and tensor.dtype.itemsize < 4:
+                state_dict[prefix + name] = tensor.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def new_parameter(*shape: int, device: torch.device | str | None = None) -> nn.Parameter:

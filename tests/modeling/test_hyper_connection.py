@@ -173,6 +173,13 @@ def test_parameters_stay_in_at_least_float32(make) -> None:
             assert parameter.dtype == torch.float32
             assert torch.equal(parameter, before[name])
     assert {p.dtype for p in module.double().parameters()} == {torch.float64}
+    narrow = {name: tensor.bfloat16() for name, tensor in before.items()}
+    for assign in (False, True):
+        module = make(8, 4)
+        module.load_state_dict(narrow, assign=assign)
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+        assert all(torch.equal(p, narrow[name].float()) for name, p in module.named_parameters())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in narrow.values())
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
