@@ -176,7 +176,7 @@ def sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_shape")
 
 
-def load_hyper_connection_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], source: Any) -> None:
+def load_hyper_connection_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], source: Any = "tensors") -> None:
     """The inverse of `hyper_connection_state_dict`: puts tensors into the hyper-connections of a model, all or none.
 
     Args:

@@ -52,7 +52,7 @@ def record_mappings(
             (deepseek_v4, hy_v4, glm5_next, qwen4_exp), whose matrix is given in the orientation of this package.
         input_ids: `[B, S]`, to run the model on right away, without gradients and in its present mode; by default it
             is run inside the block, and as often as you like.
-        max_tokens: take only the first tokens of the first sequence, which bounds memory and time.
+        max_tokens: take only the first tokens of the first sequence, padding among them, which bounds memory and time.
         append: join the tokens of all forwards, as `generate` with a cache makes them; by default every forward
             replaces the record of the one before.
 
