@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
-from benchmarks.measuring import DTYPES, TRAINED, arguments, as_trained, bars, in_turn, ratio, report
+from benchmarks.measuring import DTYPES, FASTEST, TRAINED, arguments, as_trained, bars, in_turn, ratio, report
 from kromhc_hf import apply_hyper_connections
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         count = options.prompt if phase == "prefill" else options.new
         relative = ratio(seconds["no streams", phase], taken)
         rows.append({"model": name, "phase": phase, "tokens/s": count / min(taken), "of no streams": relative})
-    report(rows, options)
+    report(rows, options, FASTEST)
     if options.plot:
         bars(rows, lambda row: f"{row['model']} {row['phase']}", "of no streams", options.plot)
 

@@ -20,6 +20,11 @@ from support import reference
 
 eager_kromhc = reference.eager_kromhc
 ratio = timing.ratio
+# Printed above what `in_turn` and `ratio` gave.
+FASTEST = (
+    "ms and tokens/s are those of the fastest round, ratios medians over the rounds of the ratio within each: columns "
+    "do not divide into each other."
+)
 TRAINED = "give the hyper-connections random weights: at their init all streams are equal, which costs less"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -97,10 +102,11 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Prints the rows as a table, and writes them as JSON if asked."""
+def report(rows: list[dict[str, Any]], options: argparse.Namespace, note: str | None = None) -> None:
+    """Prints the rows as a table under a note on how to read it, and writes them as JSON if asked."""
     about = machine(options)
-    print("\n" + ", ".join(f"{key}: {value}" for key, value in about.items()) + "\n")
+    described = ", ".join(f"{key}: {value}" for key, value in about.items())
+    print("\n" + "\n\n".join([described, note] if note else [described]) + "\n")
     columns = list(rows[0])
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:

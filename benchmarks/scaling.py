@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import DTYPES, arguments, in_turn, ratio, report
+from benchmarks.measuring import DTYPES, FASTEST, arguments, in_turn, ratio, report
 from kromhc_hf import HyperConnection
 
 
@@ -25,7 +25,7 @@ def main() -> None:
         + measure([(4, length, width) for length in options.tokens], options)
         + measure([(4, tokens, size) for size in options.hidden_sizes], options)
     )
-    report(rows, options)
+    report(rows, options, FASTEST)
     if options.plot:
         plot(rows[: len(options.streams)], options.plot)
 

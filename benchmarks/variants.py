@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--plot", help="where to write the picture")
     arguments = parser.parse_args()
+    # Of several threads process time would be the sum, what they wait for each other included.
+    torch.set_num_threads(1)
 
     print(f"| error of the product | 1 | 12 | 24 | {DEPTH} branches |\n|---|---|---|---|---|")
     errors = {variant: depth_errors(variant) for variant in VARIANTS}

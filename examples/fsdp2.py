@@ -30,7 +30,7 @@ def evaluate(model, loader, device) -> float:
 
 
 def main() -> None:
-    options = parse_arguments(__doc__ or "", steps=60, learning_rate=1e-4)
+    options = parse_arguments(__doc__ or "", "text", "length", steps=60, learning_rate=1e-4)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     dist.init_process_group(torch.distributed.get_default_backend_for_device(accelerator or "cpu"))
     rank, device = dist.get_rank(), torch.device("cpu")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
-from scaffold import INSTRUCTIONS, load_model, parse_arguments, report, training_options
+from scaffold import load_model, parse_arguments, report, training_options
 from trl import SFTConfig, SFTTrainer
 
 from kromhc_hf import HyperConnectionTrainerMixin, StreamMetricsCallback, apply_hyper_connections
@@ -19,7 +19,7 @@ class LoraTrainer(HyperConnectionTrainerMixin, SFTTrainer):
 
 
 def main() -> None:
-    options = parse_arguments(__doc__ or "", steps=60, learning_rate=1e-4)
+    options = parse_arguments(__doc__ or "", "instructions", "length", steps=60, learning_rate=1e-4)
     model, tokenizer = load_model(options.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -28,8 +28,8 @@ def main() -> None:
     tokenizer.save_pretrained(full)
     # The adapter's file names its base, so that it can be loaded in one call.
     model = type(model).from_pretrained(full)
-    rows = [json.loads(line) for line in INSTRUCTIONS.read_text(encoding="utf-8").splitlines()]
-    held_out = len(rows) // 10
+    rows = [json.loads(line) for line in Path(options.instructions).read_text(encoding="utf-8").splitlines()]
+    held_out = max(1, len(rows) // 10)
     trainer = LoraTrainer(
         model=model,
         args=SFTConfig(**training_options(options), max_length=options.length, completion_only_loss=True),

@@ -15,7 +15,7 @@ class PretrainTrainer(HyperConnectionTrainerMixin, Trainer):
 
 
 def main() -> None:
-    options = parse_arguments(__doc__ or "", steps=150, learning_rate=1e-3)
+    options = parse_arguments(__doc__ or "", "text", "length", steps=150, learning_rate=1e-3)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     config = KromHCConfig(
         backbone_config=AutoConfig.from_pretrained(options.model),

@@ -14,7 +14,7 @@ class RetrofitTrainer(HyperConnectionTrainerMixin, Trainer):
 
 
 def main() -> None:
-    options = parse_arguments(__doc__ or "", steps=150, learning_rate=1e-4)
+    options = parse_arguments(__doc__ or "", "text", "length", steps=150, learning_rate=1e-4)
     model, tokenizer = load_model(options.model)
     apply_hyper_connections(model, num_streams=options.num_streams)
     trainer = RetrofitTrainer(

@@ -24,29 +24,49 @@ def own_folder() -> str:
     return str(Path("example-output") / Path(sys.argv[0]).stem)
 
 
+def model_name(name: str) -> str:
+    """A model that can be loaded, which is checked before anything is."""
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def text_file(path: str) -> str:
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"must be a text file; got {path}")
+    return path
+
+
+# What only some examples read: each names those that it does.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "text": {"type": text_file, "default": str(TEXT), "help": "text file to train on"},
+    "instructions": {
+        "type": text_file,
+        "default": str(INSTRUCTIONS),
+        "help": "file to train on, a JSON object with prompt and completion in each line",
+    },
+    "length": {"type": int, "default": 128, "help": "tokens per sequence"},
+}
+
+
 def parse_arguments(
-    description: str, *, steps: int, learning_rate: float, trainers: tuple[str, ...] = ()
+    description: str, *names: str, steps: int, learning_rate: float, trainers: tuple[str, ...] = ()
 ) -> argparse.Namespace:
-    """The command line that all examples have, and a choice of trainers where there are several."""
+    """The command line that all examples have, with the OPTIONS that are named, and a choice of trainers."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default=str(MODEL), help="folder or Hub id of the model")
-    parser.add_argument("--text", default=str(TEXT), help="text file to train on")
+    parser.add_argument("--model", type=model_name, default=str(MODEL), help="folder or Hub id of the model")
     parser.add_argument("--output", default=own_folder(), help="folder for the result")
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps")
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="of the backbone")
     parser.add_argument("--num-streams", type=int, default=4, help="residual streams n")
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
+    for name in names:
+        parser.add_argument(f"--{name}", **OPTIONS[name])
     if trainers:
         parser.add_argument("--trainer", default=trainers[0], choices=trainers, help="what trains")
-    options = parser.parse_args()
-    if not Path(options.text).is_file():
-        parser.error(f"--text must be a text file; got {options.text}")
-    try:
-        AutoConfig.from_pretrained(options.model)
-    except (OSError, ValueError) as error:
-        parser.error(f"--model: {error}")
-    return options
+    return parser.parse_args()
 
 
 def load_model(name: str) -> tuple[Any, Any]:

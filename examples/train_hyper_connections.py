@@ -12,7 +12,7 @@ from kromhc_hf import KromHCPeftConfig
 
 def main() -> None:
     # The published learning rate for hyper-connections on a frozen backbone, arXiv 2607.18130.
-    options = parse_arguments(__doc__ or "", steps=150, learning_rate=3e-3)
+    options = parse_arguments(__doc__ or "", "text", "length", steps=150, learning_rate=3e-3)
     base, tokenizer = load_model(options.model)
     model = get_peft_model(base, KromHCPeftConfig(task_type="CAUSAL_LM", num_streams=options.num_streams))
     model.print_trainable_parameters()

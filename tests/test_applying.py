@@ -106,6 +106,15 @@ def test_a_foreign_layer_class_is_refused():
         apply_hyper_connections(model)
 
 
+def test_what_is_applied_in_inference_mode_can_be_trained():
+    model = llama()
+    with torch.inference_mode():
+        apply_hyper_connections(model)
+    tokens = token_ids(model.config)
+    model(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_an_instance_level_forward_is_refused():
     model = llama()
     model.model.layers[0].forward = model.model.layers[0].forward

@@ -125,11 +125,10 @@ def compare(summary: dict[str, Any], published: dict[str, Any]) -> int:
     except ValueError as error:
         raise StudyError(str(error)) from error
     print("\n| arm | compared | here | published | apart | allowed | agrees |\n|" + "---|" * 7)
-    for arm, quantity, here, there, allowed in found:
-        holds = "yes" if abs(here - there) <= allowed else "NO"
-        kind = quantity.replace("_", " ")
-        print(f"| {arm} | {kind} | {here:.4f} | {there:.4f} | {abs(here - there):.4f} | {allowed:.4f} | {holds} |")
-    return 0 if all(agreement.holds for agreement in found) else 1
+    for one in found:
+        numbers = " | ".join(f"{number:.4f}" for number in (one.here, one.published, one.apart, one.allowed))
+        print(f"| {one.arm} | {one.quantity.replace('_', ' ')} | {numbers} | {'yes' if one.holds else 'NO'} |")
+    return 0 if all(one.holds for one in found) else 1
 
 
 if __name__ == "__main__":

@@ -40,4 +40,6 @@ class StreamModule(nn.Module):
 
 def new_parameter(*shape: int, device: torch.device | str | None = None) -> nn.Parameter:
     """An uninitialised parameter; the dtype is explicit because models are built under their own default dtype."""
-    return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+    # Made in inference mode it could never be trained.
+    with torch.inference_mode(False):
+        return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))

@@ -33,6 +33,8 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "identity": {"variant": "identity"},
 }
 COST_ROUNDS = 3
+# That of no run that is reported, however many seeds are added later: what was tuned for some stays right for more.
+TUNING_SEED = MOST_SEEDS
 
 
 def comparison(model: str, text: Path, variants: Sequence[str], seeds: int, settings: dict[str, Any]) -> Study:
@@ -64,7 +66,7 @@ def comparison(model: str, text: Path, variants: Sequence[str], seeds: int, sett
     wanted: dict[str, dict[str, Any]] = {REFERENCE: {}, **CONTROLS, **{name: {"variant": name} for name in variants}}
     made = {name: make_arm(name, shared | own) for name, own in wanted.items()}
     refuse_beyond_context(made[REFERENCE], config)
-    return Study(f"{folder.name} on {text.name}", list(range(seeds)), REFERENCE, made, list(made))
+    return Study(f"{folder.name} on {text.name}", list(range(seeds)), REFERENCE, made, list(made), TUNING_SEED)
 
 
 def prepare(study: Study, folder: Path, device: str) -> float:
@@ -86,8 +88,12 @@ def compare(study: Study, folder: Path, workers: int, device: str) -> dict[str, 
 
     Returns:
         The summary, see `kromhc_hf.study.report.table`.
+
+    Raises:
+        StudyError: if training diverged at every learning rate, or finished runs have another one than is chosen now.
     """
     study = tuned(study, folder, Path(), workers, device)
+    _refuse_to_overwrite(study, folder, rates_chosen=True)
     execute(study, folder, Path(), workers, device)
     about = {"device": device, "name": device_name(device), "torch": version("torch")}
     summary = summarize(study, results(study, folder, Path()), read_costs(study, folder), about)
@@ -119,15 +125,15 @@ def _refuse_other(folder: Path) -> None:
         )
 
 
-def _refuse_to_overwrite(study: Study, folder: Path) -> None:
+def _refuse_to_overwrite(study: Study, folder: Path, rates_chosen: bool = False) -> None:
     """Refuses a folder with runs of another comparison, which those of this one would replace."""
     for name, arm in study.arms.items():
         for seed in study.seeds:
             if (run := stored(folder, name, seed)) is None:
                 continue
             # Which of several learning rates is taken is found out later.
-            same_lr = arm if arm.lr_grid is None else dataclasses.replace(arm, lr=run["settings"]["lr"])
-            if different := changes(run, same_lr, Path()):
+            known = rates_chosen or arm.lr_grid is None
+            if different := changes(run, arm if known else dataclasses.replace(arm, lr=run["settings"]["lr"]), Path()):
                 raise StudyError(
                     f"output must be a new folder, or one of the same comparison; {folder} has runs that differ in "
                     f"{', '.join(different)}, and they would be replaced. Use another folder."

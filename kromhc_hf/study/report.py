@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .runs import Results
-from .statistics import T_QUANTILES, estimate, paired_difference
+from .statistics import Estimate, estimate, paired_difference
 from .study_file import Study
 from .tuning import at_the_edge
 
@@ -58,12 +58,6 @@ def _curve(runs: Mapping[int, Any], others: Mapping[int, Any]) -> dict[str, list
         rows["loss"].append(estimate(list(here.values()))._asdict())
         rows["difference"].append(paired_difference(here, there)._asdict() if len(there) == len(others) else None)
     return rows
-
-
-def half_width(numbers: Mapping[str, Any]) -> float:
-    """Half of the 95 % confidence interval of an estimate in a summary; 0 for a single seed."""
-    error = numbers["standard_error"]
-    return 0.0 if error is None else T_QUANTILES[numbers["seeds"] - 2] * error
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -132,8 +126,10 @@ def draw_differences(summary: Mapping[str, Any], path: Path) -> None:
     labels = []
     for row, (name, arm) in enumerate(arms.items()):
         colour = SEPARATES if arm["separates"] else DOES_NOT
-        mean, width = arm["difference"]["mean"], half_width(arm["difference"])
-        axes.errorbar(mean, row, xerr=width, fmt="o", color=colour, capsize=3, markersize=5)
+        difference = Estimate(**arm["difference"])
+        # A single seed has no interval.
+        width = difference.half_width or 0.0
+        axes.errorbar(difference.mean, row, xerr=width, fmt="o", color=colour, capsize=3, markersize=5)
         labels.append(f"{name}  (against {arm['against']})" if several else name)
     axes.set_yticks(range(len(arms)), labels)
     axes.set_ylim(len(arms) - 0.5, -0.5)

@@ -54,8 +54,12 @@ class Agreement(NamedTuple):
     allowed: float
 
     @property
+    def apart(self) -> float:
+        return abs(self.here - self.published)
+
+    @property
     def holds(self) -> bool:
-        return abs(self.here - self.published) <= self.allowed
+        return self.apart <= self.allowed
 
 
 def agreements(summary: Mapping[str, Any], published: Mapping[str, Any]) -> list[Agreement]:
@@ -76,7 +80,7 @@ def agreements(summary: Mapping[str, Any], published: Mapping[str, Any]) -> list
     for name, arm in summary["arms"].items():
         other = published["arms"][name]
         quantity = "final_loss" if arm["difference"] is None or other["difference"] is None else "difference"
-        here, there = Estimate(*arm[quantity].values()), Estimate(*other[quantity].values())
+        here, there = Estimate(**arm[quantity]), Estimate(**other[quantity])
         allowed = ROUNDING
         if here.standard_error is not None and there.standard_error is not None:
             t = T_QUANTILES[min(here.seeds, there.seeds) - 2]

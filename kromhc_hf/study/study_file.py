@@ -16,13 +16,17 @@ from .statistics import MOST_SEEDS
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Arms by name, the seeds that all of them run with, and the name of the arm that the others are compared with."""
+    """Arms by name, the seeds that all of them run with, and the name of the arm that the others are compared with.
+
+    `tuning_seed` is the one that learning rates are chosen with, and none of `seeds`.
+    """
 
     title: str
     seeds: list[int]
     reference: str
     arms: dict[str, Arm]
     curves: list[str]
+    tuning_seed: int
 
     def compared_with(self, name: str) -> str:
         return self.arms[name].against or self.reference
@@ -61,12 +65,15 @@ def load_study(path: Path, shared: Path, changes: Mapping[str, Any] = MappingPro
         if not isinstance(values, (dict, type(None))):
             raise StudyError(f"{name!r} must be a mapping from keys to values; got {values!r}.")
     made = {str(name): make_arm(str(name), defaults | (own or {}) | dict(changes)) for name, own in arms.items()}
+    seeds = _seeds(raw.get("seeds"))
     study = Study(
         title=str(raw.get("title", path.stem)),
-        seeds=_seeds(raw.get("seeds")),
+        seeds=seeds,
         reference=str(raw.get("reference")),
         arms=made,
         curves=list(map(str, raw.get("curves") or made)),
+        # The learning rates of published studies were chosen so; with another seed they could be others.
+        tuning_seed=max(seeds) + 1,
     )
     wider_as = [arm.wider_as for arm in made.values() if arm.wider_as is not None]
     for name in (study.reference, *study.curves, *map(study.compared_with, made), *wider_as):

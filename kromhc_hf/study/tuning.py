@@ -12,22 +12,24 @@ from .study_file import Study
 def tuned(study: Study, folder: Path, shared: Path, workers: int, device: str) -> Study:
     """The study with the learning rates that had the lowest validation loss; what is trained for that stays in folder.
 
-    The seed is none of the study's, so that no arm is reported on the run that it was chosen by.
+    The seed is none of the study's, so that no arm is reported on the run that it was chosen by. What is in the folder
+    already is not trained again.
 
     Raises:
         StudyError: if no learning rate of an arm has a loss that is a number.
     """
-    seed = max(study.seeds) + 1
     tries: dict[str, dict[str, Arm]] = {}
     for name, arm in study.arms.items():
         tries[name] = {
             f"{name} at lr {rate}": dataclasses.replace(arm, lr=rate, lr_grid=None) for rate in arm.lr_grid or ()
         }
-    grid = Study(study.title, [seed], "", {key: arm for some in tries.values() for key, arm in some.items()}, [])
+    arms = {key: arm for some in tries.values() for key, arm in some.items()}
+    grid = dataclasses.replace(study, seeds=[study.tuning_seed], reference="", arms=arms, curves=[])
     if not grid.arms:
         return study
     execute(grid, folder, shared, workers, device)
-    losses = {name: runs[seed]["validation_loss"] for name, runs in results(grid, folder, shared).items()}
+    runs = results(grid, folder, shared)
+    losses = {name: by_seed[study.tuning_seed]["validation_loss"] for name, by_seed in runs.items()}
     arms = dict(study.arms)
     for name, some in tries.items():
         finite = [key for key in some if math.isfinite(losses[key])]

@@ -15,6 +15,7 @@ from torch import Tensor
 import kromhc_hf
 from kromhc_hf import doubly_stochastic_error
 from kromhc_hf.modeling.mixing import DenseMixing
+from kromhc_hf.modeling.modeling_kromhc import FROM_SCRATCH
 from kromhc_hf.modeling.variants import VARIANTS
 from kromhc_hf.study.report import table, with_error
 from kromhc_hf.study.statistics import paired_difference
@@ -118,6 +119,57 @@ def test_what_the_evidence_says_about_pairs_of_arms():
     for one, other in (("kromhc static", "kromhc"), ("kromhc logit 8", "kromhc logit 2")):
         number = with_error(paired_difference(retrofit[one], retrofit[other])._asdict(), "").replace("0.", ".")
         assert number in page, number
+
+
+def test_what_is_said_about_training_from_scratch():
+    summary = json.loads((DOCS / "evidence" / "scratch.json").read_text())
+    scratch = {name: arm["losses"] for name, arm in summary["arms"].items()}
+    lossless = paired_difference(scratch["kromhc lossless init"], scratch["residual"])
+    paper = paired_difference(scratch["kromhc"], scratch["residual"])
+    assert not lossless.separates
+    # What the warning of a model from a configuration says.
+    assert "it was not told apart from the plain residual, and hc_init='paper' was ahead of both" in FROM_SCRATCH
+    for other in ("residual", "kromhc lossless init"):
+        difference = paired_difference(scratch["kromhc"], scratch[other])
+        assert difference.separates
+        assert difference.mean < 0
+    steps = summary["arms"]["kromhc lossless init"]["settings"]["steps"]
+    page = " ".join((DOCS / "limits.md").read_text(encoding="utf-8").split())
+    before, after = (with_error(difference._asdict(), "+") for difference in (lossless, paper))
+    assert f"was at {before} nats against the plain residual after {steps} steps, and at {after} with" in page
+    assert f"({lossless.seeds} paired seeds;" in page
+
+
+def test_what_the_evidence_says_about_a_frozen_base():
+    arms = json.loads((DOCS / "evidence" / "adapters.json").read_text())["arms"]
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+
+    def loss(name: str) -> str:
+        return f"{arms[name]['final_loss']['mean']:.3f} with {arms[name]['trainable']:,}"
+
+    assert f"held-out loss {loss('lora rank 4')} against {loss('kromhc alone')})" in page
+    both = min(("lora and kromhc", "lora and kromhc ratio 3"), key=lambda name: arms[name]["final_loss"]["mean"])
+    assert f"({loss(both)}, at the better of two ratios) are no better than LoRA alone ({loss('lora rank 9')})" in page
+
+
+def test_what_streams_cost_is_the_same_on_every_page():
+    evidence, performance, readme = (
+        " ".join(path.read_text(encoding="utf-8").split())
+        for path in (DOCS / "evidence.md", DOCS / "performance.md", PROJECT / "README.md")
+    )
+    eager, compiled = (
+        f"{float(times):.2f}"
+        for name in ("kromhc", "kromhc, compiled")
+        for times in re.findall(rf"\| {name} \| \d+ \| \d+ \| ([\d.]+) \| \d+ \|", performance)
+    )
+    assert f"no less at C = 512: {eager} times, {compiled} compiled" in evidence
+    assert f"C = 512 takes {eager} times as long with four streams and {compiled} times compiled" in readme
+    small, large = (
+        json.loads((DOCS / "evidence" / f"{study}.json").read_text())["arms"]["kromhc"]["cost"]
+        for study in ("retrofit", "stories15M")
+    )
+    assert f"cost is {small:.2f} times the step in stories260K and {large:.2f} times in stories15M" in evidence
+    assert float(eager) >= large - 0.005
 
 
 def texts_for_users() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Every example in a short mode, offline on the embedded model; its result loads and gives the loss that it printed."""
 
+import argparse
 import os
 import random
 import re
@@ -17,7 +18,21 @@ from kromhc_hf import KromHCForCausalLM, KromHCForImageTextToText
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SHORT = ["--steps", "3", "--batch", "2", "--length", "64"]
+SHORT = ["--steps", "3", "--batch", "2"]
+LENGTH = ["--length", "64"]
+COMMANDS = sorted(path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+
+
+class Recorded(argparse.Namespace):
+    """Options that remember which of them have been read."""
+
+    def __getattribute__(self, name):
+        object.__getattribute__(self, "__dict__").setdefault("_read", set()).add(name)
+        return super().__getattribute__(name)
+
+    def unread(self) -> set[str]:
+        given = object.__getattribute__(self, "__dict__")
+        return set(given) - given["_read"] - {"_read"}
 
 
 def printed(output: str) -> tuple[float, float, Path]:
@@ -30,11 +45,53 @@ def printed(output: str) -> tuple[float, float, Path]:
 
 
 def run_example(name: str, folder: Path, monkeypatch, capsys, *more: str) -> tuple[float, float, Path]:
-    """Runs an example in this process, where the libraries are imported already."""
+    """Runs an example in this process, where the libraries are imported already; it must read all of its options."""
+    parse, parsed = argparse.ArgumentParser.parse_args, []
+
+    def recorded(parser, args=None, namespace=None):
+        if args is not None or namespace is not None:
+            return parse(parser, args, namespace)
+        parsed.append(Recorded(**vars(parse(parser))))
+        return parsed[-1]
+
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", recorded)
     monkeypatch.setattr(sys, "argv", [name, *SHORT, *more, "--output", str(folder)])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    (options,) = parsed
+    assert not options.unread()
     return printed(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_that_are_documented_are_the_options(monkeypatch, capsys, name):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    path = EXAMPLES / f"{name}.py"
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    options = set(re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    source = path.read_text(encoding="utf-8")
+    shown = re.findall(rf"^ *(?:python|torchrun .*) examples/{name}\.py (.*)$", source, re.MULTILINE)
+    assert set(re.findall(r"--([\w-]+)", " ".join(shown))) <= options
+    # What two ranks do with their options cannot be recorded here.
+    if name == "fsdp2":
+        assert {option.replace("-", "_") for option in options} <= set(re.findall(r"options\.(\w+)", source))
+    if name != "nanogpt":
+        page = " ".join((EXAMPLES.parent / "docs" / "training.md").read_text(encoding="utf-8").split())
+        sentences = r"All take (.*?)\. `lora_sft.py` also takes (.*?), `images.py` (.*?), the others (.*?)\."
+        ((common, lora, images, others),) = re.findall(sentences, page)
+        documented = common + {"lora_sft": lora, "images": images}.get(name, others)
+        assert set(re.findall(r"`--([\w-]+)`", documented)) == options
+
+
+@pytest.mark.parametrize(("option", "value"), [("--text", "nowhere.txt"), ("--model", "nowhere")])
+def test_options_are_checked_before_anything_is_loaded(monkeypatch, capsys, option, value):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", ["retrofit.py", option, value])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "retrofit.py"), run_name="__main__")
+    assert f"argument {option}: " in capsys.readouterr().err
 
 
 def held_out_loss(model, tokenizer, monkeypatch) -> float:
@@ -48,7 +105,7 @@ def held_out_loss(model, tokenizer, monkeypatch) -> float:
 
 @pytest.mark.parametrize("name", ["retrofit", "pretrain"])
 def test_full_training_examples(tmp_path, monkeypatch, capsys, name):
-    before, after, folder = run_example(name, tmp_path / "result", monkeypatch, capsys)
+    before, after, folder = run_example(name, tmp_path / "result", monkeypatch, capsys, *LENGTH)
     assert after < before
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(model, KromHCForCausalLM)
@@ -66,7 +123,7 @@ def test_full_training_examples(tmp_path, monkeypatch, capsys, name):
 
 
 def test_adapter_example(tmp_path, monkeypatch, capsys):
-    before, after, folder = run_example("train_hyper_connections", tmp_path / "result", monkeypatch, capsys)
+    before, after, folder = run_example("train_hyper_connections", tmp_path / "result", monkeypatch, capsys, *LENGTH)
     assert after != before
     assert (folder / "adapter_model.safetensors").stat().st_size < 1e6
     assert not (folder / "model.safetensors").exists()
@@ -76,7 +133,11 @@ def test_adapter_example(tmp_path, monkeypatch, capsys):
 
 
 def test_lora_example(tmp_path, monkeypatch, capsys):
-    before, after, folder = run_example("lora_sft", tmp_path / "result", monkeypatch, capsys)
+    # A few rows of a user's own.
+    rows = (EXAMPLES / "instructions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:8]
+    (tmp_path / "own.jsonl").write_text("".join(rows), encoding="utf-8")
+    more = [*LENGTH, "--instructions", str(tmp_path / "own.jsonl")]
+    before, after, folder = run_example("lora_sft", tmp_path / "result", monkeypatch, capsys, *more)
     assert after < before
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
     assert isinstance(model.get_base_model(), KromHCForCausalLM)
@@ -105,7 +166,7 @@ def test_image_example(tmp_path, monkeypatch, capsys, trainer):
 
 def test_fsdp2_example_on_two_ranks(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, EXAMPLES / "fsdp2.py", *SHORT, "--output", tmp_path / "result"]
+    command = [*launch, EXAMPLES / "fsdp2.py", *SHORT, *LENGTH, "--output", tmp_path / "result"]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-4000:]

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from test_examples import EXAMPLES, run_example
+from test_examples import EXAMPLES, LENGTH, run_example
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kromhc_hf import apply_hyper_connections
@@ -21,7 +21,7 @@ def nanogpt(monkeypatch):
 
 @pytest.mark.parametrize("init", ["paper", "identity"])
 def test_it_trains_and_its_result_loads(nanogpt, tmp_path, monkeypatch, capsys, init):
-    before, after, folder = run_example("nanogpt", tmp_path / "result", monkeypatch, capsys, "--init", init)
+    before, after, folder = run_example("nanogpt", tmp_path / "result", monkeypatch, capsys, *LENGTH, "--init", init)
     assert after < before
     model = nanogpt.NanoGPT(nanogpt.Size())
     model.load_state_dict(torch.load(folder / "nanogpt.pt"))

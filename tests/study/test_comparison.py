@@ -14,6 +14,7 @@ from kromhc_hf.study.comparison import compare, comparison, prepare
 from kromhc_hf.study.data import load_corpus
 from kromhc_hf.study.report import table
 from kromhc_hf.study.runs import execute, results
+from kromhc_hf.study.statistics import MOST_SEEDS
 
 
 SETTINGS = {key: DEFAULTS[key] for key in ("length", "batch", "steps", "eval_every", "held_out_windows")}
@@ -77,6 +78,28 @@ def test_a_chosen_learning_rate_is_no_other_comparison(own, compared, fast_runs)
     study = compared(**grid)
     execute(compared(**grid | {"lr": 0.25}), out, own, 1)
     assert prepare(study, out, "cpu") >= 0
+
+
+def test_more_seeds_go_on_with_the_learning_rates_that_were_chosen(own, compared, fast_runs):
+    out, grid = own / "out", {"lr_grid": [0.5, 0.25], "lr": 0.5}
+    compare(compared(seeds=1, **grid), out, 1, "cpu")
+    before = {path: path.read_bytes() for path in (out / "runs").iterdir()}
+    fast_runs.clear()
+    compare(compared(seeds=2, **grid), out, 1, "cpu")
+    assert fast_runs == [(0.25, 1)] * 3
+    assert before.items() < {path: path.read_bytes() for path in (out / "runs").iterdir()}.items()
+    most = compared(seeds=MOST_SEEDS)
+    assert most.tuning_seed not in most.seeds
+
+
+def test_runs_at_another_learning_rate_than_the_chosen_one_are_not_replaced(own, compared, fast_runs):
+    out, grid = own / "out", {"lr_grid": [0.5, 0.25], "lr": 0.5}
+    study = compared(**grid)
+    execute(study, out, own, 1)
+    before = {path: path.read_bytes() for path in (out / "runs").iterdir()}
+    with pytest.raises(StudyError, match="has runs that differ in lr, and they would be replaced"):
+        compare(study, out, 1, "cpu")
+    assert before.items() <= {path: path.read_bytes() for path in (out / "runs").iterdir()}.items()
 
 
 def test_learning_rates_are_not_chosen_on_the_windows_that_are_reported(own, compared, tmp_path):
