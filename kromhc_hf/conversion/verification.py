@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modeling.configuration_kromhc import KromHCConfig
-from ..modeling.connection_plan import find_decoder, present_plan
 from ..modeling.modeling_kromhc import GENERATIVE_FACES
 from ..training import hyper_connection_state_dict
+from .comparable import check_pair, comparable_dtype
 from .layerwise import LayerwiseModel
 from .report import ConversionReport
 from .sample_image import Example, image_example
 from .sample_text import SAMPLE_TEXT, sample_tokens
-from .stored_model import OUTPUT_NAMES, StoredModel, family_of, head_output
+from .stored_model import OUTPUT_NAMES, StoredModel, head_output
 
 
 # In fp32 sums of the same terms in another order differ in the last bits; in half precision nothing may differ.
@@ -85,8 +84,8 @@ def verify_conversion(
     first = StoredModel.open(base, **named, trust_remote_code=trust_remote_code)
     text_config = first.config.get_text_config()
     wanted = None if layers is None else _positions(layers, text_config.num_hidden_layers)
-    _check_pair(first, second)
-    dtype = _comparable(dtype, second)
+    check_pair(first, second)
+    dtype = comparable_dtype(dtype, second)
     context = getattr(text_config, "max_position_embeddings", None) or max_tokens
     # Images and the continuation need room too.
     length = min(max_tokens, context if text_config is first.config else context // 2)
@@ -147,20 +146,6 @@ def _verify_layers(
     )
 
 
-def _comparable(dtype: torch.dtype | str, converted: StoredModel) -> torch.dtype | str:
-    """The dtype in which base and converted model compute the same, or differ by no more than rounding in fp32."""
-    if all(spec.exact for spec in present_plan(find_decoder(converted.skeleton())).specs):
-        return dtype
-    if dtype == "auto":
-        return torch.float32
-    if str(dtype).removeprefix("torch.") not in ("float32", "float64"):
-        raise ValueError(
-            f"dtype must be float32 for {family_of(converted.config).model_type}, whose layers add their branches in "
-            f"another order: in half precision equal functions differ. Got {dtype}. Leave dtype out, or use float32."
-        )
-    return dtype
-
-
 def _positions(layers: str | Sequence[int], count: int) -> list[int]:
     if layers == "all":
         return list(range(count))
@@ -178,43 +163,6 @@ def _close(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
         return True
     wide = dtype in (torch.float32, torch.float64)
     return wide and (values - expected).abs().max().item() <= LOSSLESS_FP32 * expected.abs().max().item()
-
-
-def _check_pair(base: StoredModel, converted: StoredModel) -> None:
-    """Refuses two checkpoints of which one cannot have been made from the other.
-
-    Raises:
-        ValueError: naming the first difference: no hyper-connections, another family, head, vocabulary, or shape.
-    """
-    rule = f"{converted.name} must be a converted form of {base.name}"
-    if not isinstance(converted.config, KromHCConfig):
-        raise ValueError(
-            f"the second model must have hyper-connections; got model_type {converted.config.model_type!r} in "
-            f"{converted.name}. Give the base first and the converted checkpoint second."
-        )
-    families = [family_of(model.config).model_type for model in (base, converted)]
-    if families[0] != families[1]:
-        raise ValueError(f"{rule}; the one is {families[1]!r}, the other {families[0]!r}. Give the base of this model.")
-    if base.face is not converted.face:
-        raise ValueError(
-            f"{rule}; the one has the head of {converted.face.__name__}, the other that of {base.face.__name__}. "
-            "Convert the base again, or correct architectures in config.json of the one that is wrong."
-        )
-    sizes = [model.config.get_text_config().vocab_size for model in (base, converted)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"{rule}; the one has {sizes[1]:,} tokens in its vocabulary, the other {sizes[0]:,}, so their outputs "
-            "cannot be compared. Verify it before tokens are added, or give the base the same ones."
-        )
-    skeletons = [model.skeleton() for model in (base, converted)]
-    shapes, others = ({n: tuple(t.shape) for n, t in model.state_dict().items()} for model in skeletons)
-    names = [*shapes, *(others.keys() - hyper_connection_state_dict(skeletons[1]).keys())]
-    different = next((name for name in names if shapes.get(name) != others.get(name)), None)
-    if different is not None:
-        raise ValueError(
-            f"{rule}; {different} has the shape {others.get(different)} in the one and {shapes.get(different)} in the "
-            "other. Give the base of this model."
-        )
 
 
 def _report(base: StoredModel, converted: StoredModel) -> ConversionReport:
