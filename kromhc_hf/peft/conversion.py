@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
@@ -23,10 +23,12 @@ from ..conversion.stored_model import StoredModel
 from ..inspection.recording import branches
 from ..modeling.model_card import model_card
 from ..modeling.model_types import PREFIX
+from ..modeling.options import StreamOptions
 from ..training import hyper_connection_state_dict, load_hyper_connection_state_dict
+from ..whole_models import check_whole
 from .config import KromHCPeftConfig
 from .layer import TENSOR_PREFIX, StreamSite
-from .tuner import plan_adapter
+from .tuner import HyperConnectionTuner, plain_base, plan_adapter
 
 
 # How PEFT calls the tasks of the Auto classes. By its names for other heads it wants a copy of the head in the adapter.
@@ -53,7 +55,8 @@ def model_keys(adapter_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not key.startswith(WRAPPER_PREFIX) or SITE_PART not in key:
             raise ValueError(
                 f"An adapter of hyper-connections must hold keys like {WRAPPER_PREFIX}...attn_hc{SITE_PART}bias alone; "
-                f"got {key!r}. Adapters with LoRA or modules_to_save cannot be converted; merge those into the base."
+                f"got {key!r}. Merge LoRA into the base; to train other modules too, "
+                "begin with a full model: apply_hyper_connections(base)."
             )
     return {key.removeprefix(WRAPPER_PREFIX).replace(SITE_PART, "."): t for key, t in adapter_tensors.items()}
 
@@ -70,42 +73,70 @@ def adapter_keys(model_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def adapter_to_model(peft_model: Any, adapter_name: str | None = None) -> Any:
     """Turns a base with an adapter of hyper-connections into the full model, for `save_pretrained` or `generate`.
 
-    The output stays bitwise the same. The PEFT model is unloaded: its base is what is returned.
+    The output stays bitwise the same. The PEFT model is unloaded: its base is what is returned. LoRA on the same base,
+    or in a PeftModel that this one is around, is merged first: `merge_and_unload()` of LoRA's PeftModel.
 
     Args:
-        peft_model: a PeftModel of `KromHCPeftConfig`.
+        peft_model: the PeftModel that was made with the `KromHCPeftConfig`.
         adapter_name: which adapter, the active one if None.
 
     Raises:
-        ValueError: if the adapter is of another method, or adapters of other methods are on the same base.
+        ValueError: if the adapter is of another method, adapters of other methods are on the same base, or modules
+            beside the hyper-connections were trained; the PEFT model is then what it was.
     """
     name = adapter_name or peft_model.active_adapter
     config = peft_model.peft_config[name]
     if not isinstance(config, KromHCPeftConfig):
         raise ValueError(f"adapter {name!r} must be of a KromHCPeftConfig; got {type(config).__name__}.")
-    others = {
-        type(module).__name__
-        for module in peft_model.modules()
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, StreamSite)
-    }
-    if others:
+    if not isinstance(peft_model.base_model, HyperConnectionTuner):
         raise ValueError(
-            f"The base must have no other adapters; got layers of type {', '.join(sorted(others))}. "
-            "Merge them first, with merge_and_unload() of their own PeftModel."
+            f"peft_model must be the PeftModel that get_peft_model made for adapter {name!r}; got one of a "
+            f"{type(peft_model.base_model).__name__}. Give that one."
         )
-    tensors = model_keys(get_peft_model_state_dict(peft_model, adapter_name=name))
-    sites: dict[str, Any] = branches(peft_model)
-    own = {path: site.hyper_connection_adapters for path, site in sites.items()}
-    kernels = {path: adapters[name].kernel for path, adapters in own.items() if name in adapters}
-    model = apply_hyper_connections(peft_model.unload(), **config.stream_options().to_dict())
+    base = plain_base(peft_model)
+    _refuse_other_adapters(base)
+    # Everything that can fail comes before the adapter is taken off. A PeftModel in between has its prefix in the keys.
+    wrapped = get_peft_model_state_dict(peft_model, adapter_name=name)
+    between = WRAPPER_PREFIX * (_depth(peft_model) - 1)
+    tensors = model_keys({key.removeprefix(between): tensor for key, tensor in wrapped.items()})
+    check_whole(base)
+    plan_adapter(base, config)
+    sites: dict[str, Any] = branches(base)
+    own = {path: site for path, site in sites.items() if name in site.options}
+    kernels = {path: site.hyper_connection_adapters[name].kernel for path, site in own.items()}
+    # The modules' own: those of the configuration may have been changed since.
+    options: StreamOptions = next(iter(own.values())).options[name]
+    peft_model.unload()
+    # PEFT before 0.20 leaves it on a base that a merged adapter has gone from.
+    vars(base).pop("peft_config", None)
+    model = apply_hyper_connections(base, **options.to_dict())
     load_hyper_connection_state_dict(model, tensors, f"adapter {name!r}")
     for path, hyper_connection in branches(model).items():
         hyper_connection.kernel = kernels[path]
     return model
 
 
+def _refuse_other_adapters(base: Any) -> None:
+    others = {
+        type(module).__name__
+        for module in base.modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, StreamSite)
+    }
+    if others:
+        raise ValueError(
+            f"The base must have no other adapters; got layers of type {', '.join(sorted(others))}. "
+            "Merge them first, with merge_and_unload() of their own PeftModel; around another one PEFT may fail to, so "
+            "put both on the base itself."
+        )
+
+
+def _depth(peft_model: Any) -> int:
+    """How many PeftModels there are around each other."""
+    return 1 + _depth(peft_model.get_base_model()) if isinstance(peft_model, PeftModel) else 0
+
+
 def model_to_adapter(
-    model: Any, destination: str | Path, base_model: str | Path, base_revision: str | None = None
+    model: Any, destination: str | Path, base_model: str | Path | None = None, base_revision: str | None = None
 ) -> KromHCPeftConfig:
     """Writes the hyper-connections of a full model as a PEFT adapter, to be loaded on its base.
 
@@ -115,16 +146,18 @@ def model_to_adapter(
     Args:
         model: a model with hyper-connections.
         destination: folder for `adapter_config.json` and `adapter_model.safetensors`; made if missing.
-        base_model: folder or Hub id of the base, written into the config; a folder by its absolute path.
+        base_model: folder or Hub id of the base, written into the config; a folder by its absolute path. By default
+            where the model says that it comes from.
         base_revision: of the Hub repository of the base, likewise; by default as in `save_hyper_connections`.
 
     Raises:
-        ValueError: if the model has no hyper-connections, or the base is of another family or has other weights.
+        ValueError: if the model has no hyper-connections, or the base is not known, of another family or has other
+            weights.
     """
     if not has_hyper_connections(model):
         raise ValueError(f"model must have hyper-connections to write as an adapter; got {type(model).__name__}.")
     hf_config = model.config
-    base = find_base(model, str(base_model), base_revision)
+    base = find_base(model, None if base_model is None else str(base_model), base_revision)
     config = KromHCPeftConfig(
         task_type=TASK_TYPES.get(auto_class_of(model).__name__),
         inference_mode=True,
@@ -136,9 +169,11 @@ def model_to_adapter(
         base_family=row_to_carry(hf_config),
         **hf_config.stream_options().to_dict(),
     )
-    config.save_pretrained(str(destination))
     tensors = {key: tensor.contiguous().cpu() for key, tensor in hyper_connection_state_dict(model).items()}
+    Path(destination).mkdir(parents=True, exist_ok=True)
     save_file(adapter_keys(tensors), Path(destination) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    # Last: a folder with a configuration is an adapter.
+    config.save_pretrained(str(destination))
     return config
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import nn
 
 from ..applying import has_hyper_connections
@@ -32,10 +32,15 @@ from .layer import (
     restore_layer,
     restore_owners,
 )
+from .left_out import warn_of_streams_left_out
 
 
 def register_method() -> None:
-    """Makes the method known to PEFT, once, and has adapters with trained hyper-connections refused by plain bases."""
+    """Makes the method known to PEFT, once, and has two silent losses told.
+
+    Adapters with trained hyper-connections are refused by plain bases, and a warning is given where an adapter is saved
+    without those of its base.
+    """
     if peft_type() in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     register_peft_method(
@@ -50,6 +55,14 @@ def register_method() -> None:
         present_check(self, config)
 
     BaseTuner._check_new_adapter_config = check  # type: ignore[method-assign]
+    present_save = PeftModel.save_pretrained
+
+    @functools.wraps(present_save)
+    def save(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        warn_of_streams_left_out(self, plain_base(self))
+        present_save(self, *args, **kwargs)
+
+    PeftModel.save_pretrained = save  # type: ignore[method-assign]
 
 
 def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
@@ -120,9 +133,7 @@ class HyperConnectionTuner(BaseTuner):
         Raises:
             ValueError: see `plan_adapter`; the model is then what it was.
         """
-        base = model
-        while isinstance(base, PeftModel):
-            base = base.get_base_model()
+        base = plain_base(model)
         config: Any = self.peft_config[adapter_name]
         self._plan, made_for = plan_adapter(base, config)
         vars(config).update(made_for)
@@ -131,6 +142,8 @@ class HyperConnectionTuner(BaseTuner):
         config.target_modules = rf"{re.escape(path)}\.({layers})"
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         adapt_owners(self._plan.decoder)
+        # All methods on a base share one dict, which may be the base's, and goes when another method is unloaded.
+        vars(self)["peft_config"] = self.peft_config
 
     def _create_and_replace(
         self,
@@ -173,12 +186,47 @@ class HyperConnectionTuner(BaseTuner):
         refuse_merge()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """Takes the adapters of this method off: the base is what it was, other methods on it stay.
+
+        Unlike PEFT's methods, also where modules_to_save were trained: those that they stand in for come back.
+        """
         if merge:
             refuse_merge()
+        shared, self.peft_config = self.peft_config, dict(self.peft_config)
+        own = {name for name, config in shared.items() if isinstance(config, KromHCPeftConfig)}
+        put_back(self.model, own)
         # Those that are there now; some may be copies.
-        for layer in [module for module in self.model.modules() if isinstance(module, AdaptedLayer)]:
+        layers = [module for module in self.model.modules() if isinstance(module, AdaptedLayer)]
+        for layer in layers:
             restore_layer(layer)
-        restore_owners(self._plan.decoder)
-        if hasattr(self.model, "peft_config"):
+        if layers:
+            restore_owners(self._plan.decoder)
+        if shared.keys() - own:
+            for name in own:
+                del shared[name]
+        # A PeftModel of another method has a property of this name.
+        elif "peft_config" in vars(self.model):
             del self.model.peft_config
         return self.model
+
+
+def plain_base(model: Any) -> Any:
+    """The transformers model inside a PeftModel, or inside several around each other."""
+    while isinstance(model, PeftModel):
+        model = model.get_base_model()
+    return model
+
+
+def put_back(model: nn.Module, adapters: set[str]) -> None:
+    """Drops what adapters hold in modules_to_save; a module that no other adapter holds is again the model's own."""
+    # What is inside comes first.
+    for path, wrapper in reversed(list(model.named_modules())):
+        if not isinstance(wrapper, ModulesToSaveWrapper) or adapters.isdisjoint(wrapper.modules_to_save):
+            continue
+        others = [name for name in wrapper.modules_to_save if name not in adapters]
+        for name in adapters & wrapper.modules_to_save.keys():
+            active = [other for other in wrapper.active_adapters if other not in adapters] or others[:1]
+            wrapper.delete_adapter(name, active if wrapper.active_adapters else None)
+        if not others:
+            parent, _, own = path.rpartition(".")
+            setattr(model.get_submodule(parent), own, wrapper.original_module)

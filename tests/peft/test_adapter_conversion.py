@@ -22,6 +22,7 @@ from support.runs import retrofitted
 from support.tiny import token_ids
 from transformers import AutoModelForCausalLM
 
+import kromhc_hf.peft.conversion
 from kromhc_hf import (
     HyperConnection,
     KromHCForCausalLM,
@@ -66,6 +67,31 @@ def test_full_model_to_adapter_and_back(tmp_path):
         assert torch.equal(hyper_connection_state_dict(again)[name], tensor)
     with pytest.raises(ValueError, match="must have hyper-connections to write as an adapter"):
         model_to_adapter(base_model(), tmp_path / "none", "base")
+
+
+def test_the_base_of_a_full_model_is_found_where_it_says_that_it_comes_from(tmp_path):
+    base_model().save_pretrained(tmp_path / "base")
+    full = apply_hyper_connections(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    perturb_hyper_connections(full)
+    config = model_to_adapter(full, tmp_path / "adapter")
+    assert config.base_model_name_or_path == str(tmp_path / "base")
+    ids = token_ids(full.config)
+    assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")(ids).logits, full(ids).logits)
+    with pytest.raises(ValueError, match="got none, and the model does not say what it comes from. Give it"):
+        model_to_adapter(retrofitted(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_adapter_that_could_not_be_written_leaves_no_configuration(tmp_path, monkeypatch):
+    base_model().save_pretrained(tmp_path / "base")
+
+    def out_of_memory(model):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(kromhc_hf.peft.conversion, "hyper_connection_state_dict", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model_to_adapter(retrofitted(), tmp_path / "adapter", tmp_path / "base")
+    assert not (tmp_path / "adapter").exists()
 
 
 # Every option away from its default, with the values that it may have where those are names.
