@@ -77,7 +77,7 @@ def test_a_row_that_is_taken_back_holds_no_longer(tmp_path):
 
 
 def test_another_row_takes_the_place_of_the_first(tmp_path):
-    first = replace(AMBER, derived=True)
+    first = replace(AMBER, layer_class="AmberLayer")
     register_family("amber", first)
     model = apply_hyper_connections(make_outside("amber"))
     register_family("amber", AMBER)

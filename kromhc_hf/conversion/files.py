@@ -116,8 +116,8 @@ def _weight_sets(folder: Path, weight_variant: str | None) -> Iterator[list[str]
     for name in _weight_names(read_json(path) if (path := folder / "config.json").is_file() else {}, weight_variant):
         if not INDEX.fullmatch(name):
             yield [name]
-        elif (folder / name).is_file():
-            yield sorted(set(read_json(folder / name).get("weight_map", {}).values()))
+        elif (folder / name).is_file() and isinstance(files := read_json(folder / name).get("weight_map"), dict):
+            yield sorted(set(map(str, files.values())))
 
 
 def _weight_names(config: dict[str, Any], weight_variant: str | None) -> list[str]:

@@ -162,7 +162,9 @@ def check_complete(layers: Any, config: Any, candidates: tuple[LayerSpec, ...]) 
         )
     found = [connected_layer(layer) for layer in layers]
     check_arrangement(found, config)
-    if any(layer is not None and layer.spec not in candidates for layer in found):
+    # Whether a row was written or read makes no difference.
+    made = {replace(layer.spec, derived=False) for layer in found if layer is not None}
+    if not made <= {replace(spec, derived=False) for spec in candidates}:
         raise ValueError(
             f"a model must be saved while the row holds that its hyper-connections were made by; another one has been "
             f"registered for {config.model_type!r} since. Register that row again, or remove the hyper-connections and "
