@@ -89,8 +89,6 @@ class BaseCheckpoint:
         present = [*(path for path in folder.iterdir() if path.is_file()), *companion_files(folder)]
         before = {path: _fingerprint(path) for path in present}
         weights = find_weights(folder, _checked_config(folder), weight_variant)
-        for companion in filter(_names_code, companion_files(folder)):
-            _check_code(companion)
         used = [folder / "config.json", *(folder / file for file in weights.files), *companion_files(folder)]
         # Named as the base is only a repository that gives this model without further words.
         plain = not subfolder and weight_variant is None
@@ -114,6 +112,7 @@ class BaseCheckpoint:
             OSError: if there is no room, or a file cannot be brought that way.
             ValueError: if a `.bin` file is damaged, or a file changes meanwhile.
         """
+        self.check_companions()
         if self.weights.pickled or link not in ("hardlink", "symlink"):
             self._check_space(target.parent)
         files = [*(self.folder / file for file in self.weights.files), *companion_files(self.folder)]
@@ -143,6 +142,15 @@ class BaseCheckpoint:
         self.bring_companions(target, advance)
         self.check_unchanged()
         return tensors
+
+    def check_companions(self) -> None:
+        """Refuses files beside the weights that need code, which does not travel; before anything is brought.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        for companion in filter(_names_code, companion_files(self.folder)):
+            _check_code(companion)
 
     def bring_companions(self, target: Path, advance: Callable[[int], None] = lambda _: None) -> None:
         """Copies tokenizer, generation settings, templates and licence into a folder that lacks them, without code."""

@@ -1,5 +1,7 @@
 """Whether a base and a converted checkpoint can be compared, and in which dtype."""
 
+from typing import Any
+
 import torch
 
 from ..modeling.configuration_kromhc import KromHCConfig
@@ -8,8 +10,11 @@ from ..training import hyper_connection_state_dict
 from .stored_model import StoredModel, family_of
 
 
-def check_pair(base: StoredModel, converted: StoredModel) -> None:
+def checked_pair(base: StoredModel, converted: StoredModel) -> Any:
     """Refuses two checkpoints of which one cannot have been made from the other.
+
+    Returns:
+        The converted model on the meta device.
 
     Raises:
         ValueError: naming the first difference: no hyper-connections, another family, head, vocabulary, or shape.
@@ -43,19 +48,20 @@ def check_pair(base: StoredModel, converted: StoredModel) -> None:
             f"{rule}; {different} has the shape {others.get(different)} in the one and {shapes.get(different)} in the "
             "other. Give the base of this model."
         )
+    return skeletons[1]
 
 
-def comparable_dtype(dtype: torch.dtype | str, converted: StoredModel) -> torch.dtype | str:
+def comparable_dtype(dtype: torch.dtype | str, converted: Any) -> torch.dtype | str:
     """The dtype in which base and converted model compute the same, or differ by no more than rounding in fp32.
 
     Args:
         dtype: what the user asks for; "auto" is the one they are stored in.
-        converted: the converted model.
+        converted: the converted model, which may be on the meta device.
 
     Raises:
         ValueError: if equal functions would differ in this dtype.
     """
-    if all(spec.exact for spec in present_plan(find_decoder(converted.skeleton())).specs):
+    if all(spec.exact for spec in present_plan(find_decoder(converted)).specs):
         return dtype
     if dtype == "auto":
         return torch.float32

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..modeling.modeling_kromhc import GENERATIVE_FACES
 from ..training import hyper_connection_state_dict
-from .comparable import check_pair, comparable_dtype
+from .comparable import checked_pair, comparable_dtype
 from .layerwise import LayerwiseModel
 from .report import ConversionReport
 from .sample_image import Example, image_example
@@ -84,8 +84,8 @@ def verify_conversion(
     first = StoredModel.open(base, **named, trust_remote_code=trust_remote_code)
     text_config = first.config.get_text_config()
     wanted = None if layers is None else _positions(layers, text_config.num_hidden_layers)
-    check_pair(first, second)
-    dtype = comparable_dtype(dtype, second)
+    skeleton = checked_pair(first, second)
+    dtype = comparable_dtype(dtype, skeleton)
     context = getattr(text_config, "max_position_embeddings", None) or max_tokens
     # Images and the continuation need room too.
     length = min(max_tokens, context if text_config is first.config else context // 2)
@@ -95,7 +95,7 @@ def verify_conversion(
         found = image_example(model, first.folder, tokens, text or SAMPLE_TEXT, run)
         return found or Example({"input_ids": tokens}, None)
 
-    report = replace(report or _report(first, second), text=tokenizer is not None)
+    report = replace(report or _report(first, second, skeleton), text=tokenizer is not None)
     if wanted is not None:
         part("both models, layer by layer")
         return _verify_layers(first, second, example_for, wanted, dtype, report)
@@ -165,9 +165,9 @@ def _close(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return wide and (values - expected).abs().max().item() <= LOSSLESS_FP32 * expected.abs().max().item()
 
 
-def _report(base: StoredModel, converted: StoredModel) -> ConversionReport:
+def _report(base: StoredModel, converted: StoredModel, skeleton: Any) -> ConversionReport:
     """A report of what is known without running the models."""
-    added = hyper_connection_state_dict(converted.skeleton()).values()
+    added = hyper_connection_state_dict(skeleton).values()
     return ConversionReport.of(
         base.name,
         converted.name,

@@ -210,6 +210,7 @@ def adapter_to_checkpoint(
     config, destination = KromHCPeftConfig.from_pretrained(str(source)), Path(destination)
     tensors = model_keys(_adapter_tensors(Path(source)))
     checkpoint = BaseCheckpoint.open(named, None if base else config.revision, code=trust_remote_code)
+    checkpoint.check_companions()
     with with_carried_row(str(config.base_model_type), config.base_family, path):
         model = StoredModel.open(checkpoint.folder, trust_remote_code=trust_remote_code).load()
         plan_adapter(model, config)

@@ -181,8 +181,9 @@ def draw_curves(summary: Mapping[str, Any], names: list[str], path: Path) -> Non
 def _leave_out_start(panel: "Axes", curves: list[list[Any]]) -> None:
     """Says in words where curves start that come from far above the rest: the interest is in the end."""
     top = max(curve[1]["mean"] for curve in curves) + MARGIN
-    least, most = (f"{choose(curve[0]['mean'] for curve in curves):.2f}" for choose in (min, max))
-    if float(most) > top:
+    starts = [curve[0]["mean"] for curve in curves]
+    if max(starts) > top:
+        least, most = f"{min(starts):.2f}", f"{max(starts):.2f}"
         ends = (point["mean"] - (point["standard_error"] or 0.0) for curve in curves for point in curve)
         panel.set_title(f"at step 0: {least if least == most else f'{least} to {most}'}", fontsize=8)
         panel.set_ylim(min(ends) - MARGIN, top)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..evaluation_mode import evaluation_mode
 from .arm import Arm, StudyError
 from .data import Corpus, batches, load_corpus
 from .models import adapted_model, parameter_counts, plain_model
@@ -81,14 +82,11 @@ class Training:
 
     @torch.no_grad()
     def _loss(self, windows: Tensor) -> float:
-        was_training = self.model.training
-        self.model.eval()
         total = 0.0
-        for rows in windows.split(EVALUATION_BATCH):
-            rows = rows.to(self.device)
-            with self._autocast():
+        with evaluation_mode(self.model), self._autocast():
+            for rows in windows.split(EVALUATION_BATCH):
+                rows = rows.to(self.device)
                 total += self.model(rows, labels=rows).loss.item() * len(rows)
-        self.model.train(was_training)
         return total / len(windows)
 
     def convert_when_due(self) -> None:

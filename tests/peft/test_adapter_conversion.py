@@ -28,12 +28,14 @@ from kromhc_hf import (
     KromHCForCausalLM,
     adapter_to_model,
     apply_hyper_connections,
+    convert_checkpoint,
     hyper_connection_state_dict,
     model_to_adapter,
 )
 from kromhc_hf.modeling.options import OPTIONS
 from kromhc_hf.modeling.stream_ends import READOUTS
 from kromhc_hf.modeling.variants import VARIANTS
+from kromhc_hf.peft.conversion import adapter_to_checkpoint, checkpoint_to_adapter
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -278,3 +280,13 @@ def test_the_kernel_comes_along():
             module.kernel = "auto"
     full = adapter_to_model(model)
     assert {module.kernel for module in full.modules() if isinstance(module, HyperConnection)} == {"auto"}
+
+
+def test_a_tokenizer_that_needs_code_is_in_the_way_where_it_would_be_copied_alone(tmp_path):
+    base_model().save_pretrained(tmp_path / "base")
+    convert_checkpoint(tmp_path / "base", tmp_path / "full")
+    (tmp_path / "base/tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Tokenizer", null]}}')
+    checkpoint_to_adapter(tmp_path / "full", tmp_path / "adapter", tmp_path / "base")
+    with pytest.raises(ValueError, match="a tokenizer that needs no code of its own"):
+        adapter_to_checkpoint(tmp_path / "adapter", tmp_path / "again", tmp_path / "base")
+    assert not (tmp_path / "again").exists()
